@@ -1,0 +1,137 @@
+// kd_loss, its gradient and its Hessian-vector product on the CPU: checks, threads and registration. The loops are in
+// kd_loss_rows.cpp, the formulas in common/kd_loss_math.h, the definition in kdaif_fast/reference/kd_loss.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "cpu/kd_loss_rows.h"
+#include "cpu/level.h"
+
+namespace {
+
+using kdaif::ElementType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+ElementType element_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return ElementType::float32;
+    case ScalarType::Double: return ElementType::float64;
+    case ScalarType::BFloat16: return ElementType::bfloat16;
+    case ScalarType::Half: return ElementType::float16;
+    default: STD_TORCH_CHECK(false, "kd_loss: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Rows may lie any distance apart; only elements within a row must be neighbours.
+Tensor with_dense_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
+}
+
+Tensor new_rows(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {like.size(0)}, type); }
+
+// What would read or write outside a tensor is refused here, whoever calls; friendlier messages come from Python.
+void check(const Tensor& student, const Tensor& other, const Tensor& scale) {
+  const int64_t N = student.size(0), V = student.size(1);
+  STD_TORCH_CHECK(other.dim() == 2 && other.size(0) == N && other.size(1) == V, "kd_loss: logits differ in shape");
+  STD_TORCH_CHECK(other.scalar_type() == student.scalar_type(), "kd_loss: logits differ in dtype");
+  STD_TORCH_CHECK(V > 0, "kd_loss: logits have no classes");
+  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == N && scale.scalar_type() == accumulation_type(student),
+                  "kd_loss: one value per row expected, in the accumulation dtype");
+}
+
+void check_labels(const Tensor& labels, int64_t N, int64_t V) {
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == N && labels.scalar_type() == ScalarType::Long,
+                  "kd_loss: labels must be int64 [N]");
+  const int64_t* y = labels.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < N; ++i)
+    STD_TORCH_CHECK(y[i] >= 0 && y[i] < V, "kd_loss: labels[", i, "] = ", y[i], ", expected 0 <= label < ", V);
+}
+
+// About 16k elements a task: below that, waking a thread costs more than the work.
+int64_t grain(int64_t V) { return std::max<int64_t>(1, 16384 / V); }
+
+void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, const Tensor& scale_,
+         double temperature, double alpha, const Tensor* loss, const Tensor* grad) {
+  check(student_, teacher_, scale_);
+  const Tensor student = with_dense_rows(student_), teacher = with_dense_rows(teacher_);
+  const Tensor labels = torch::stable::contiguous(labels_), scale = torch::stable::contiguous(scale_);
+  const int64_t N = student.size(0), V = student.size(1);
+  check_labels(labels, N, V);
+  const kdaif::KdLossRows rows{student.const_data_ptr(),
+                               teacher.const_data_ptr(),
+                               labels.const_data_ptr<int64_t>(),
+                               scale.const_data_ptr(),
+                               loss ? loss->mutable_data_ptr() : nullptr,
+                               grad ? grad->mutable_data_ptr() : nullptr,
+                               student.stride(0),
+                               teacher.stride(0),
+                               V,
+                               temperature,
+                               alpha};
+  const ElementType type = element_type(student);
+  torch::stable::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+    KDAIF_CALL_LEVEL(kd_loss_rows, rows, type, begin, end);
+  });
+}
+
+Tensor kd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& weight,
+               double temperature, double alpha) {
+  const Tensor loss = new_rows(student, accumulation_type(student));
+  run(student, teacher, labels, weight, temperature, alpha, &loss, nullptr);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> kd_loss_with_grad(const Tensor& student, const Tensor& teacher, const Tensor& labels,
+                                             const Tensor& weight, double temperature, double alpha) {
+  const Tensor loss = new_rows(student, accumulation_type(student));
+  const Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  run(student, teacher, labels, weight, temperature, alpha, &loss, &grad);
+  return {loss, grad};
+}
+
+Tensor kd_loss_grad(const Tensor& grad_output, const Tensor& student, const Tensor& teacher, const Tensor& labels,
+                    double temperature, double alpha) {
+  const Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  run(student, teacher, labels, grad_output, temperature, alpha, nullptr, &grad);
+  return grad;
+}
+
+Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Tensor& student_, double temperature,
+                   double alpha) {
+  check(student_, tangent_, grad_output_);
+  const Tensor student = with_dense_rows(student_), tangent = with_dense_rows(tangent_);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  const int64_t N = student.size(0), V = student.size(1);
+  const Tensor out = torch::stable::new_empty(student, {N, V});
+  const kdaif::KdLossHvpRows rows{student.const_data_ptr(),  tangent.const_data_ptr(), grad_output.const_data_ptr(),
+                                  out.mutable_data_ptr(),    student.stride(0),        tangent.stride(0),
+                                  V,                         temperature,              alpha};
+  const ElementType type = element_type(student);
+  torch::stable::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
+    KDAIF_CALL_LEVEL(kd_loss_hvp_rows, rows, type, begin, end);
+  });
+  return out;
+}
+
+std::string cpu_level() { return kdaif::level_name(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CPU, m) {
+  m.impl("kd_loss", TORCH_BOX(&kd_loss));
+  m.impl("kd_loss_with_grad", TORCH_BOX(&kd_loss_with_grad));
+  m.impl("kd_loss_grad", TORCH_BOX(&kd_loss_grad));
+  m.impl("kd_loss_hvp", TORCH_BOX(&kd_loss_hvp));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdaif_fast, m) { m.def("cpu_level() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }

@@ -1,0 +1,127 @@
+"""The operator library: loads the compiled kernels, defines ops, and decides which kernel answers for which device."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NAMESPACE = "kdaif_fast"
+HERE = Path(__file__).parent
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+BACKENDS = ("reference", "cpu", "cuda")
+_references: dict[Any, Callable[..., Any]] = {}
+
+
+class MissingKernelsWarning(UserWarning):
+    """The compiled kernels are not there: everything works, in plain PyTorch, slower."""
+
+
+def build_report() -> dict[str, str]:
+    """What the installation built: "built", or the reason why not, for "cpu" and "cuda"."""
+    report = HERE / "_build_report.json"
+    if not report.exists():
+        return dict.fromkeys(("cpu", "cuda"), "the package was not installed by pip (no build report)")
+    return dict(json.loads(report.read_text()))
+
+
+def _load(backend: str) -> str:
+    """Load one kernel library; returns "loaded" or why it is not."""
+    path = HERE / f"_kernels_{backend}.so"
+    if os.environ.get("KDAIF_NATIVE", "1") == "0":
+        return "switched off (KDAIF_NATIVE=0)"
+    if not path.exists():
+        return f"not built: {build_report()[backend]}"
+    if backend == "cuda" and torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"could not be loaded: {error.__cause__ or error}"
+    return "loaded"
+
+
+def _load_all() -> dict[str, str]:
+    states = {backend: _load(backend) for backend in ("cpu", "cuda")}
+    if states["cpu"] != "loaded" and os.environ.get("KDAIF_NATIVE", "1") != "0":
+        warnings.warn(
+            f"kdaif_fast runs in plain PyTorch, correct but slower: CPU kernels {states['cpu']}. "
+            "`kdaif-fast info` shows the whole picture.",
+            MissingKernelsWarning,
+            stacklevel=2,
+        )
+    return states
+
+
+def backends() -> dict[str, str]:
+    """Which backends are active: "loaded", or why one is not.
+
+    Example:
+        >>> import kdaif_fast
+        >>> kdaif_fast.backends()["reference"]
+        'loaded'
+    """
+    return {"reference": "loaded", **_STATES}
+
+
+def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:  # noqa: ANN401
+    """Define an op. A device without a compiled kernel gets the reference; `fake` gives shapes and dtypes only."""
+    name = LIBRARY.define(schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _references[op] = reference
+    return op
+
+
+def kernel_for(op: Any, device: str) -> str:  # noqa: ANN401
+    """Which backend answers for an op on a device type ("cpu" or "cuda")."""
+    key = device.upper()
+    return device if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) else "reference"
+
+
+def ops() -> list[Any]:
+    """All ops of the library, in the order of their definition."""
+    return list(_references)
+
+
+class _ForceReference(TorchDispatchMode):
+    """Answers every op of the library with its reference. It sits below autograd and every transform."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        return _references.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend within a `with` block, in this thread: to compare, or to rule a kernel out.
+
+    Args:
+        name: "reference" answers everything with plain PyTorch. "cpu" and "cuda" assert that the compiled kernels are
+            loaded; they already answer for tensors on their device.
+
+    Raises:
+        ValueError: for an unknown name, or a backend that is not loaded (with the reason).
+
+    Example:
+        >>> import kdaif_fast, torch
+        >>> with kdaif_fast.backend("reference"):
+        ...     loss = kdaif_fast.ops.kd_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if backends()[name] != "loaded":
+        raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
+    with _ForceReference() if name == "reference" else contextlib.nullcontext():
+        yield
+
+
+_STATES = _load_all()

@@ -1,0 +1,68 @@
+"""Argument checks shared by the ops: an error names the argument, its value, and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_tensor(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+    """Raise TypeError unless value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected a torch.Tensor")
+
+
+def is_logits(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+    """Raise unless value is a floating-point tensor [..., V] with at least one class."""
+    is_tensor(op, name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected one of {expected}")
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected [..., V] with V >= 1 classes")
+
+
+def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, device: torch.device) -> None:  # noqa: ANN401
+    """Raise unless value is a tensor of that shape on that device; `other` says what the shape comes from."""
+    is_tensor(op, name, value)
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} as {other}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on device {value.device}, expected {device} as {other}")
+
+
+def is_number(op: str, name: str, value: Any, low: float, high: float, expected: str) -> None:  # noqa: ANN401
+    """Raise unless value is a finite number in [low, high], `low` itself only allowed if `expected` says so."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected {expected}")
+    inside = low <= value <= high if low == 0 and high == 1 else low < value <= high
+    if not (inside and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+
+
+def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:  # noqa: ANN401
+    """Raise unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def are_labels(op: str, name: str, value: Tensor, classes: int) -> None:
+    """Raise ValueError at the first label outside [0, classes). Looks at the values."""
+    outside = ((value < 0) | (value >= classes)).flatten().nonzero()
+    if len(outside):
+        index = int(outside[0])
+        label = int(value.flatten()[index])
+        raise ValueError(f"{op}: {name}[{index}] is {label}, expected 0 <= label < {classes} (the number of classes)")
+
+
+def is_finite_logits(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError at the first NaN or +infinity; -infinity is a masked class and legal. Looks at the values."""
+    bad = (value.isnan() | (value == math.inf)).nonzero()
+    if len(bad):
+        index = tuple(bad[0].tolist())
+        raise ValueError(f"{op}: {name}{list(index)} is {value[index].item()}, expected a number or -inf")

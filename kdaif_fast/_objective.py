@@ -1,0 +1,128 @@
+"""The loss of a model on a batch, as a function of the parameters: values, gradients, and one reusable linearisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._model import (
+    Loss,
+    require_independent_samples,
+    run_model,
+    sample_losses,
+    select_parameters,
+    twice_differentiable,
+    unpack_batch,
+)
+from ._tree import flatten, unflatten, wide_dtype
+
+
+class Objective:
+    """A model's per-sample losses on one batch, with their derivatives in the chosen parameters.
+
+    The model runs once. Everything else walks the graph of that run, which is kept as long as this object: the
+    activations of the forward pass, and of the backward pass too once `push` is used.
+
+    Nothing of the model is changed: not its parameters, their `.grad`, nor its mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,  # noqa: ANN401
+        loss: Loss | None = None,
+        params: Iterable[str | Tensor] | None = None,
+        name: str = "batch",
+    ) -> None:
+        require_independent_samples(model)
+        self.parameters = select_parameters(model, params)
+        self._tensors = list(self.parameters.values())
+        self._loss, self._batch, self._name = loss, unpack_batch(batch, name), name
+        with torch.enable_grad(), twice_differentiable(model):
+            self.outputs = run_model(model, self._batch.inputs)
+            if not self.outputs.requires_grad:
+                raise ValueError(f"the model's outputs on {name} do not depend on the chosen parameters")
+            # A cut between model and loss: the loss is differentiated by itself, in outputs instead of parameters.
+            self._cut = self.outputs.detach().requires_grad_()
+            self.losses = sample_losses(loss, self._cut, self._batch, name)
+            if self.losses.shape[0] == 0:
+                raise ValueError(f"{name} has no samples")
+            (self._output_grads,) = torch.autograd.grad(self.losses.sum(), self._cut, create_graph=True)
+
+    @property
+    def samples(self) -> int:
+        """N, the number of samples."""
+        return self.losses.shape[0]
+
+    @property
+    def output_grads(self) -> Tensor:
+        """Gradient of each sample's loss with respect to its own outputs, shaped like the outputs."""
+        return self._output_grads.detach()
+
+    def gradient(self) -> Tensor:
+        """Gradient of the mean loss: [P]."""
+        return self.pull(self.output_grads / self.samples)
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """J^T u: a direction in outputs, [N, ...], taken back to the parameters, [P]."""
+        pieces = torch.autograd.grad(
+            self.outputs, self._tensors, cotangent, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        return flatten(pieces)
+
+    def push(self, direction: Tensor) -> Tensor:
+        """J v: how the outputs change along a direction in the parameters, [P] -> [N, ...].
+
+        The map u -> J^T u is linear, so its own transpose, one more backward pass through the graph kept, is J v.
+        That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
+        pass, in Python.
+        """
+        dummy, pulled, used = self._transposed
+        pieces = unflatten(direction, self._tensors)
+        (tangent,) = torch.autograd.grad(pulled, dummy, [pieces[i] for i in used], retain_graph=True)
+        return tangent
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, list[Tensor], list[int]]:
+        with torch.enable_grad():
+            dummy = torch.zeros_like(self.outputs, requires_grad=True)
+            pulled = torch.autograd.grad(self.outputs, self._tensors, dummy, create_graph=True, allow_unused=True)
+        used = [i for i, piece in enumerate(pulled) if piece is not None and piece.requires_grad]
+        return dummy, [pulled[i] for i in used], used
+
+    def loss_hessian(self, tangent: Tensor) -> Tensor:
+        """Every sample's Hessian of the loss in the outputs, times its tangent: [N, ...] -> [N, ...]."""
+        if not self._output_grads.requires_grad:  # a loss that is linear in the outputs
+            return torch.zeros_like(tangent)
+        (product,) = torch.autograd.grad(
+            self._output_grads, self._cut, tangent, retain_graph=True, materialize_grads=True
+        )
+        return product
+
+    def full_hessian(self, direction: Tensor) -> Tensor:
+        """Hessian of the mean loss in the parameters, times a direction: [P] -> [P]."""
+        pieces = torch.autograd.grad(
+            self._parameter_grads,
+            self._tensors,
+            unflatten(direction, self._tensors),
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return flatten(pieces)
+
+    @cached_property
+    def _parameter_grads(self) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            mean_loss = sample_losses(self._loss, self.outputs, self._batch, self._name).mean()
+            return torch.autograd.grad(
+                mean_loss, self._tensors, create_graph=True, materialize_grads=True, allow_unused=True
+            )
+
+    def dots(self, direction: Tensor) -> Tensor:
+        """<grad l_i, v> for every sample, [P] -> [N]: the losses' change along the direction."""
+        products = self.output_grads * self.push(direction)
+        return products.flatten(1).sum(1, dtype=wide_dtype(products.dtype))

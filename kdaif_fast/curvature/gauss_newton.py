@@ -1,0 +1,24 @@
+"""The generalised Gauss-Newton matrix."""
+
+from torch import Tensor
+
+from .operator import CurvatureOperator
+
+
+class GaussNewton(CurvatureOperator):
+    """(1/N) sum_i J_i^T H_i J_i: J_i the outputs' Jacobian, H_i the loss's Hessian in the outputs of sample i.
+
+    Positive semi-definite for convex losses, hence safe for conjugate gradients; equal to the Hessian for models that
+    are linear in their parameters. Source: Schraudolph 2002, "Fast curvature matrix-vector products", section 3.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 3)
+        >>> batch = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
+        >>> GaussNewton(model, batch).matvec(torch.ones(9)).shape
+        torch.Size([9])
+    """
+
+    def _product(self, vector: Tensor) -> Tensor:
+        at_outputs = self.objective.loss_hessian(self.objective.push(vector))
+        return self.objective.pull(at_outputs / self.objective.samples)

@@ -1,0 +1,6 @@
+"""How much each training sample helps or harms the validation loss, and the weight that follows from it."""
+
+from .scores import influence_scores
+from .weights import influence_weights, sigmoid_weights
+
+__all__ = ["influence_scores", "influence_weights", "sigmoid_weights"]

@@ -1,0 +1,100 @@
+"""From influence to sample weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .scores import influence_scores
+
+ROBUST_QUANTILES = (0.01, 0.99)
+
+
+def sigmoid_weights(phi: Tensor, *, gamma: float = 10.0, scale: float | str = "range") -> Tensor:
+    """w = 2 / (1 + exp(gamma * phi / scale)): in (0, 2), 1 at phi = 0, below 1 exactly where phi > 0 (harmful).
+
+    Meets both conditions of KD-AIF's Theorem 1: the perturbation w - 1 vanishes with phi, and decreases in phi.
+
+    Args:
+        phi: influence scores [N], positive = harmful.
+        gamma: steepness; a larger one trusts the scores more. 0 gives weights 1.
+        scale: "range" is max - min of phi; "robust" is the distance between its 1 % and 99 % quantiles, so that one
+            outlier does not flatten all others; or a number > 0.
+
+    Returns:
+        [N], same dtype. All 1 if every phi is 0. (If all phi are equal, the range is taken to be their size.)
+
+    Raises:
+        TypeError, ValueError: phi that is no floating-point vector, a negative gamma, a scale that is not positive.
+
+    Source: KD-AIF (arXiv 2501.02705), Theorem 1; the rule is that of UIDS (arXiv 1912.01321), doubled so that w(0) = 1.
+
+    Example:
+        >>> import torch
+        >>> sigmoid_weights(torch.tensor([-0.5, 0.0, 0.5]), gamma=2.0)
+        tensor([1.4621, 1.0000, 0.5379])
+    """
+    if not isinstance(phi, Tensor) or not phi.is_floating_point():
+        raise TypeError(f"phi is {type(phi).__name__}, expected a floating-point tensor of influence scores")
+    if phi.dim() != 1:
+        raise ValueError(f"phi has shape {tuple(phi.shape)}, expected [N]")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma is {gamma!r}, expected a finite number >= 0")
+    width = _width(phi, scale)
+    # 2 / (1 + exp(z)) without overflow.
+    return 2 * torch.sigmoid(-gamma * torch.where(width > 0, phi / width, 0))
+
+
+def _width(phi: Tensor, scale: float | str) -> Tensor:
+    if isinstance(scale, str):
+        if scale not in ("range", "robust"):
+            raise ValueError(f"scale is {scale!r}, expected 'range', 'robust' or a positive number")
+        if len(phi) == 0:
+            return phi.new_zeros(())
+        low, high = phi.aminmax() if scale == "range" else phi.quantile(phi.new_tensor(ROBUST_QUANTILES))
+        return torch.where(high > low, high - low, phi.abs().max())
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale!r}, expected 'range', 'robust' or a positive number")
+    return phi.new_tensor(scale)
+
+
+def influence_weights(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401
+    val: Any,  # noqa: ANN401
+    *,
+    gamma: float = 10.0,
+    scale: float | str = "range",
+    **options: Any,  # noqa: ANN401
+) -> Tensor:
+    """Weight w [N] of every sample of `batch` by its influence on the mean loss of `val`; w < 1 means harmful.
+
+    `influence_scores`, then `sigmoid_weights`: w = 2 / (1 + exp(gamma * phi / scale)), in (0, 2).
+
+    Args:
+        model, batch, val: as for `influence_scores`.
+        gamma: steepness of the weights.
+        scale: what phi is measured against: "range" (max - min), "robust" (1 % to 99 % quantile), or a number.
+        **options: loss, params, curvature, solver, damping, tol, max_iter, as for `influence_scores`.
+
+    Returns:
+        [N], detached, on the model's device.
+
+    Raises, warns, memory, source: as `influence_scores` and `sigmoid_weights`.
+
+    Example:
+        >>> import torch, kdaif_fast
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> batch = torch.randn(20, 4), torch.randint(0, 3, (20,))
+        >>> val = torch.randn(10, 4), torch.randint(0, 3, (10,))
+        >>> w = kdaif_fast.influence_weights(model, batch, val, damping=0.1)
+        >>> bool((w > 0).all() and (w < 2).all())
+        True
+    """
+    if "return_solution" in options:
+        raise TypeError("influence_weights returns weights only; for the solve's report call influence_scores")
+    return sigmoid_weights(influence_scores(model, batch, val, **options), gamma=gamma, scale=scale)

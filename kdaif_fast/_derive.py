@@ -62,6 +62,17 @@ def constant_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
     return function
 
 
+def directional_derivative(function: Callable[[Tensor], Tensor], primal: Tensor, tangent: Tensor) -> Tensor:
+    """Forward-mode derivative, also inside a forward-mode computation that somebody else has begun."""
+    try:
+        return torch.func.jvp(function, (primal,), (tangent,))[1]
+    except RuntimeError as error:
+        if "Nested forward mode" not in str(error):
+            raise
+        derivative = forward_ad.unpack_dual(function(forward_ad.make_dual(primal, tangent))).tangent
+        return torch.zeros(()) if derivative is None else derivative
+
+
 def derive(op: Any, rules: Rules) -> None:  # noqa: ANN401
     """Give an op derivative and batching rules."""
     if not AVAILABLE:

@@ -36,13 +36,23 @@ def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, devic
         raise ValueError(f"{op}: {name} is on device {value.device}, expected {device} as {other}")
 
 
-def is_number(op: str, name: str, value: Any, low: float, high: float, expected: str) -> None:  # noqa: ANN401
-    """Raise unless value is a finite number in [low, high], `low` itself only allowed if `expected` says so."""
+def is_positive(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+    """Raise unless value is a positive finite number."""
+    _is_number(op, name, value, "a positive finite number")
+    if not 0 < value < math.inf:  # also false for NaN, and a compiler can follow it
+        raise ValueError(f"{op}: {name} is {value!r}, expected a positive finite number")
+
+
+def is_share(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+    """Raise unless value is a number from 0 to 1."""
+    _is_number(op, name, value, "a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} is {value!r}, expected a number from 0 to 1")
+
+
+def _is_number(op: str, name: str, value: Any, expected: str) -> None:  # noqa: ANN401
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected {expected}")
-    inside = low <= value <= high if low == 0 and high == 1 else low < value <= high
-    if not (inside and math.isfinite(value)):
-        raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
 
 
 def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:  # noqa: ANN401

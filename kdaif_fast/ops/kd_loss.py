@@ -167,7 +167,7 @@ def _try_rules() -> bool:
         def loss(s: Tensor) -> Tensor:
             return formula(s, teacher, labels, weight, 2.0, 0.5).sum()
 
-        return torch.func.jvp(loss, (student,), (teacher,))[1], torch.func.grad(loss)(student)
+        return _derive.directional_derivative(loss, student, teacher), torch.func.grad(loss)(student)
 
     expected = derivatives(reference.kd_loss)
     try:
@@ -281,6 +281,6 @@ def _check_arguments(
         _check.is_like("kd_loss", "weight", weight, labels.shape, "labels", student.device)
         if not weight.is_floating_point():
             raise TypeError(f"kd_loss: weight has dtype {weight.dtype}, expected a floating-point dtype")
-    _check.is_number("kd_loss", "temperature", T, 0, float("inf"), "a positive finite number")
-    _check.is_number("kd_loss", "alpha", alpha, 0, 1, "a number from 0 to 1")
+    _check.is_positive("kd_loss", "temperature", T)
+    _check.is_share("kd_loss", "alpha", alpha)
     _check.is_choice("kd_loss", "reduction", reduction, REDUCTIONS)

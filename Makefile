@@ -1,0 +1,58 @@
+# make demo        distil on real digits with wrong labels, with and without influence weights (about a minute)
+# make test        the tests
+# make test-slow   what takes minutes: fresh installs in every build mode, the whole demo
+# make lint        ruff and mypy
+# make bench       benchmarks, with ratios measured in one run
+#
+# Each makes its own virtual environment in .venv the first time. Nothing but python3 (>= 3.10), pip, g++ and make
+# need be there.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMakeLists.txt pyproject.toml
+
+.PHONY: demo test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/kdaif-fast demo --out runs/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info kdaif_fast/*.so kdaif_fast/_build_report.json
+
+# Debian's python3 has no ensurepip; there virtualenv, fetched into a folder of its own, makes the environment.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "python >= 3.10 is needed; choose one with: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "==> virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  $(PYTHON) -m pip install --target $(VENV)-bootstrap virtualenv && \
+	  PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv $(VENV) && rm -rf $(VENV)-bootstrap; }
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@echo "==> $(TORCH) and the build tools"
+	$(BIN)/python -m pip install "$(TORCH)" numpy "setuptools>=77" "cmake>=3.26" ninja "pybind11>=3"
+	touch $@
+
+# The environment has torch by now, so the kernels are built against it: no isolation, no second torch.
+$(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
+	@echo "==> kdaif_fast with its kernels, for $*"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+	touch $@

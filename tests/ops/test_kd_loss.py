@@ -1,0 +1,442 @@
+"""kd_loss: the reference against autograd and the textbook, the kernels against the reference, and bad input."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+import kdaif_fast
+from kdaif_fast import backend
+from kdaif_fast.ops import kd_loss
+from kdaif_fast.reference import kd_loss as reference
+
+ops = importlib.import_module("kdaif_fast.ops.kd_loss")
+
+# Largest allowed relative error (2-norm) against float64: a few rounding errors of the output's dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+LOSS_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+DTYPES = list(TOLERANCE)
+TEMPERATURES = [1.0, 2.0, 3.0, 4.0, 2.5, 0.5]
+ALPHAS = [0.0, 0.3, 1.0]
+SHAPES = [(0, 5), (1, 1), (3, 1), (5, 2), (7, 37), (4, 64), (2, 1000), (33, 17)]
+
+needs_kernels = pytest.mark.skipif(kdaif_fast.backends()["cpu"] != "loaded", reason="no compiled CPU kernels here")
+
+
+def inputs(N, V, dtype=torch.float64, scale=3.0):
+    student, teacher = (scale * torch.randn(2, N, V, dtype=torch.float64)).to(dtype).unbind()
+    labels = torch.randint(V, (N,))
+    if N > 1:
+        labels[0], labels[1] = 0, V - 1
+    weight = torch.randn(N, dtype=reference.accumulation_dtype(student))
+    return student, teacher, labels, weight
+
+
+def relative_error(ours, expected):
+    ours, expected = ours.double(), expected.double()
+    assert ours.shape == expected.shape
+    return ((ours - expected).norm() / expected.norm().clamp(min=1e-30)).item() if expected.numel() else 0.0
+
+
+def textbook(student, teacher, labels, weight, T, alpha):
+    ce = F.cross_entropy(student, labels, reduction="none")
+    kl = F.kl_div((student / T).log_softmax(-1), (teacher / T).log_softmax(-1), reduction="none", log_target=True)
+    return weight * (alpha * ce + (1 - alpha) * T**2 * kl.sum(-1))
+
+
+class TestReference:
+    @pytest.mark.parametrize("T", TEMPERATURES)
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_is_the_textbook_formula(self, T, alpha):
+        args = inputs(6, 9)
+        torch.testing.assert_close(reference.kd_loss(*args, T, alpha), textbook(*args, T, alpha), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("T", [1.0, 2.5])
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_derivatives_are_autograds(self, T, alpha):
+        student, teacher, labels, weight = inputs(4, 5)
+        student.requires_grad_()
+        teacher.requires_grad_()
+        loss = reference.kd_loss(student, teacher, labels, torch.ones(4, dtype=torch.float64), T, alpha)
+        grad, teacher_grad = torch.autograd.grad(
+            loss, (student, teacher), weight, create_graph=True, materialize_grads=True
+        )
+        u, v = torch.randn(2, 4, 5, dtype=torch.float64)
+        hvp = torch.autograd.grad(grad, student, u, create_graph=True)[0]
+        third = torch.autograd.grad(hvp, student, v)[0]
+        close = dict(rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(reference.kd_loss_grad(weight, student, teacher, labels, T, alpha), grad, **close)
+        torch.testing.assert_close(reference.kd_loss_hvp(weight, u, student, T, alpha), hvp, **close)
+        torch.testing.assert_close(reference.kd_loss_third(weight, u, v, student, T, alpha), third, **close)
+        ours = reference.kd_loss_teacher_grad(weight, student, teacher, T, alpha)
+        torch.testing.assert_close(ours, teacher_grad, **close)
+
+    def test_is_zero_for_the_teacher_itself(self):
+        student, _, labels, weight = inputs(5, 7)
+        assert reference.kd_loss(student, student, labels, weight, 3.0, 0.0).abs().max() < 1e-14
+
+
+class TestDerivatives:
+    """gradcheck compares with finite differences: first and second order, both modes, all differentiable inputs."""
+
+    @pytest.fixture(params=["compiled", "reference"])
+    def formula(self, request):
+        if request.param == "compiled":
+            yield
+        else:
+            with backend("reference"):
+                yield
+
+    @pytest.mark.parametrize("T", [1.0, 2.5])
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_gradcheck(self, formula, T, alpha):
+        student, teacher, labels, weight = inputs(3, 4, scale=1.0)
+        tensors = [x.requires_grad_() for x in (student, teacher, weight)]
+
+        def loss(student, teacher, weight):
+            return kd_loss(student, teacher, labels, weight=weight, temperature=T, alpha=alpha)
+
+        assert gradcheck(loss, tensors, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(loss, tensors, check_fwd_over_rev=True, check_batched_grad=True)
+
+    def test_third_order(self, formula):
+        student, teacher, labels, weight = inputs(2, 3, scale=1.0)
+        student.requires_grad_()
+
+        def gradient(student):
+            loss = kd_loss(student, teacher, labels, weight=weight, temperature=2.0, reduction="sum")
+            return torch.autograd.grad(loss, student, create_graph=True)[0]
+
+        assert gradgradcheck(gradient, [student], check_fwd_over_rev=True)
+
+    def test_backward_twice_gives_twice_the_gradient(self):
+        student, teacher, labels, _ = inputs(3, 4)
+        student.requires_grad_()
+        loss = kd_loss(student, teacher, labels, reduction="sum")
+        loss.backward(retain_graph=True)
+        once = student.grad.clone()
+        student.grad.mul_(5)  # must not reach what the second backward uses
+        student.grad.copy_(once)
+        loss.backward()
+        torch.testing.assert_close(student.grad, 2 * once, rtol=0, atol=0)
+
+    def test_gradient_does_not_share_memory_with_the_graph(self):
+        student, teacher, labels, _ = inputs(3, 4)
+        student.requires_grad_()
+        loss = kd_loss(student, teacher, labels, reduction="sum")
+        (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+        kept = first.clone()
+        first.zero_()
+        try:
+            (second,) = torch.autograd.grad(loss, student)
+        except RuntimeError as error:  # torch's own guard: "modified by an inplace operation"
+            assert "inplace" in str(error)
+        else:
+            torch.testing.assert_close(second, kept, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+    def test_uneven_upstream_gradient(self, dtype, reduction):
+        student, teacher, labels, weight = inputs(6, 9, dtype)
+        student.requires_grad_()
+        wide = student.detach().double().requires_grad_()
+        loss = kd_loss(student, teacher, labels, weight=weight, temperature=2.0, reduction=reduction)
+        expected = textbook(wide, teacher.double(), labels, weight.double(), 2.0, 0.5)
+        if reduction == "none":
+            upstream = torch.randn(6, dtype=torch.float64)
+            loss, expected = (loss * upstream.to(loss.dtype)).sum(), (expected * upstream).sum()
+        else:
+            expected = expected.sum() / (6 if reduction == "mean" else 1)
+        loss.backward()
+        expected.backward()
+        assert relative_error(loss.detach(), expected.detach()) < 10 * LOSS_TOLERANCE[dtype]
+        assert relative_error(student.grad, wide.grad) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.usefixtures("poisoned_memory")
+class TestKernel:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("T", TEMPERATURES)
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_against_reference(self, dtype, shape, T, alpha):
+        student, teacher, labels, weight = inputs(*shape, dtype)
+        wide = (student.double(), teacher.double(), labels, weight.double())
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, T, alpha)
+        expected_loss, expected_grad = reference.kd_loss_with_grad(*wide, T, alpha)
+        assert loss.dtype == weight.dtype
+        assert grad.dtype == dtype
+        # A single class has zero loss and gradient; there the error is absolute.
+        slack = 1.0 if shape[1] > 1 else math.inf
+        assert relative_error(loss, expected_loss) < 10 * LOSS_TOLERANCE[dtype] * slack
+        assert relative_error(grad, expected_grad) < TOLERANCE[dtype] * slack
+        torch.testing.assert_close(loss, expected_loss.to(loss.dtype), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grad.to(grad.dtype), rtol=2e-2, atol=1e-4)
+        alone = ops._kd_loss(student, teacher, labels, weight, T, alpha)
+        again = ops._kd_loss_grad(weight, student, teacher, labels, T, alpha)
+        torch.testing.assert_close(alone, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(again, grad, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("T", TEMPERATURES)
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_hvp_against_reference(self, dtype, shape, T, alpha):
+        student, tangent, _, weight = inputs(*shape, dtype)
+        ours = ops._kd_loss_hvp(weight, tangent, student, T, alpha)
+        expected = reference.kd_loss_hvp(weight.double(), tangent.double(), student.double(), T, alpha)
+        assert ours.dtype == dtype
+        if shape[1] == 1:
+            assert ours.abs().max() < 1e-5
+        else:
+            assert relative_error(ours, expected) < 3 * TOLERANCE[dtype]
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        N=st.integers(0, 40),
+        V=st.integers(1, 200),
+        dtype=st.sampled_from(DTYPES),
+        T=st.floats(0.1, 20),
+        alpha=st.floats(0, 1),
+        scale=st.floats(0.01, 30),
+        seed=st.integers(0, 2**31),
+    )
+    def test_any_shape(self, N, V, dtype, T, alpha, scale, seed):
+        torch.manual_seed(seed)
+        student, teacher, labels, weight = inputs(N, V, dtype, scale)
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, T, alpha)
+        wide = (student.double(), teacher.double(), labels, weight.double())
+        expected_loss, expected_grad = reference.kd_loss_with_grad(*wide, T, alpha)
+        # T^2 magnifies the rounding of a divergence that is itself of size 1 / T^2.
+        atol = 2e-6 * max(1.0, T) ** 2 * (1e-8 if dtype == torch.float64 else 1)
+        torch.testing.assert_close(loss, expected_loss.to(loss.dtype), rtol=1e-5, atol=atol)
+        rtol = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-4)
+        torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=rtol, atol=2e-6 * max(1.0, T))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_strides(self, dtype):
+        student, teacher, labels, weight = inputs(6, 10, dtype)
+        expected = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.0, 0.4)
+        wide_rows = torch.full((6, 14), math.nan, dtype=dtype)
+        wide_rows[:, 2:12] = student
+        layouts = {
+            "columns first": student.t().contiguous().t(),
+            "part of wider rows": wide_rows[:, 2:12],
+            "every other row": student.repeat_interleave(2, 0)[::2],
+        }
+        for name, view in layouts.items():
+            assert torch.equal(view, student)
+            for ours, right in zip(
+                ops._kd_loss_with_grad(view, teacher.t().contiguous().t(), labels.repeat_interleave(2)[::2], weight, 2.0, 0.4),
+                expected,
+                strict=True,
+            ):
+                assert torch.equal(ours, right), name
+        one_teacher = teacher[:1].expand(6, 10)
+        ours = ops._kd_loss(student, one_teacher, labels, weight, 2.0, 0.4)
+        assert torch.equal(ours, ops._kd_loss(student, one_teacher.contiguous(), labels, weight, 2.0, 0.4))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("T", [1.0, 4.0, 2.5])
+    def test_masked_classes(self, dtype, T):
+        """-inf on the student, the teacher or both: such a class has probability 0 there, and no NaN appears."""
+        student, teacher, labels, weight = inputs(6, 9, dtype)
+        labels[:] = 0
+        student[:, 3] = teacher[:, 3] = -math.inf
+        teacher[:, 5] = -math.inf
+        student[2:4, 1:] = teacher[2:4, 1:] = -math.inf  # all but one class
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, T, 0.5)
+        wide = (student.double(), teacher.double(), labels, weight.double())
+        expected_loss, expected_grad = reference.kd_loss_with_grad(*wide, T, 0.5)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+        assert (grad[:, 3] == 0).all()
+        torch.testing.assert_close(loss, expected_loss.to(loss.dtype), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=2e-2, atol=1e-5)
+        finite = torch.where(student.isfinite(), student, 0)
+        hvp = ops._kd_loss_hvp(weight, finite, student, T, 0.5)
+        assert hvp.isfinite().all()
+
+    def test_class_that_only_the_student_excludes_costs_infinity(self):
+        student, teacher, labels, weight = inputs(2, 4, torch.float32)
+        labels[:] = 0
+        student[0, 2] = -math.inf
+        loss = ops._kd_loss(student, teacher, labels, torch.ones(2), 1.0, 0.5)
+        assert loss[0] == math.inf
+        assert loss[1].isfinite()
+
+    def test_part_without_weight_is_not_looked_at(self):
+        student, teacher, labels, _ = inputs(2, 4, torch.float32)
+        student[torch.arange(2), labels] = -math.inf  # infinite cross-entropy
+        teacher[torch.arange(2), labels] = -math.inf
+        assert ops._kd_loss(student, teacher, labels, torch.ones(2), 1.0, 0.0).isfinite().all()
+        student, teacher, labels, _ = inputs(2, 4, torch.float32)
+        assert ops._kd_loss(student, teacher * math.nan, labels, torch.ones(2), 1.0, 1.0).isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_huge_logits(self, dtype):
+        student, teacher, labels, weight = inputs(8, 50, dtype)
+        student, teacher = (x * (1e4 / x.abs().max()) for x in (student, teacher))
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.0, 0.5)
+        wide = (student.double(), teacher.double(), labels, weight.double())
+        expected_loss, expected_grad = reference.kd_loss_with_grad(*wide, 2.0, 0.5)
+        assert relative_error(loss, expected_loss) < 1e-6
+        assert relative_error(grad, expected_grad) < max(1e-5, TOLERANCE[dtype])
+
+    def test_identical_logits_never_go_below_zero(self):
+        student, _, labels, _ = inputs(200, 300, torch.float32)
+        loss = ops._kd_loss(student, student, labels, torch.ones(200), 1.5, 0.0)
+        assert (loss >= 0).all()
+        assert (loss < 1e-5).all()
+
+    def test_shift_invariance(self):
+        student, teacher, labels, weight = inputs(5, 20)
+        loss = ops._kd_loss(student, teacher, labels, weight, 2.0, 0.5)
+        shifted = ops._kd_loss(student + 100, teacher - 70, labels, weight, 2.0, 0.5)
+        torch.testing.assert_close(loss, shifted, rtol=1e-10, atol=1e-10)
+
+    def test_result_does_not_depend_on_threads(self, threads):
+        student, teacher, labels, weight = inputs(300, 257, torch.float32)
+        ours = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.0, 0.5)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        single = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.0, 0.5)
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(ours, single, strict=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nan_stays_in_its_row(self, dtype):
+        student, teacher, labels, weight = inputs(5, 30, dtype)
+        student[2, 7] = math.nan
+        teacher[4, 29] = math.nan
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.0, 0.5)
+        assert loss.isnan().tolist() == [False, False, True, False, True]
+        assert grad[[0, 1, 3]].isfinite().all()
+        assert grad[2].isnan().any()
+        assert grad[4].isnan().any()
+
+    @pytest.mark.parametrize("op", [ops._kd_loss, ops._kd_loss_with_grad])
+    def test_opcheck(self, op):
+        student, teacher, labels, weight = inputs(4, 6)
+        tests = ("test_schema", "test_faketensor") if op is ops._kd_loss_with_grad else None
+        options = {"test_utils": tests} if tests else {}
+        student = student if tests else student.requires_grad_()
+        torch.library.opcheck(op, (student, teacher, labels, weight, 2.0, 0.5), **options)
+
+    def test_opcheck_of_derivatives(self):
+        student, teacher, labels, weight = inputs(4, 6)
+        torch.library.opcheck(ops._kd_loss_grad, (weight, student.requires_grad_(), teacher, labels, 2.0, 0.5))
+        torch.library.opcheck(ops._kd_loss_hvp, (weight, teacher, student, 2.0, 0.5))
+
+
+class TestConvenience:
+    def test_leading_dimensions(self):
+        student, teacher, labels, weight = inputs(12, 5)
+        expected = kd_loss(student, teacher, labels, weight=weight)
+        cubes = student.view(3, 4, 5), teacher.view(3, 4, 5), labels.view(3, 4)
+        ours = kd_loss(*cubes, weight=weight.view(3, 4))
+        assert torch.equal(ours, expected.view(3, 4))
+        single = kd_loss(student[0], teacher[0], labels[0], weight=weight[0])
+        assert single.shape == ()
+        torch.testing.assert_close(single, expected[0])
+        assert torch.equal(kd_loss(*cubes, reduction="mean"), kd_loss(student, teacher, labels, reduction="mean"))
+
+    def test_mean_divides_by_rows_and_is_zero_for_none(self):
+        student, teacher, labels, weight = inputs(5, 4)
+        rows = kd_loss(student, teacher, labels, weight=weight)
+        torch.testing.assert_close(kd_loss(student, teacher, labels, weight=weight, reduction="mean"), rows.sum() / 5)
+        empty = torch.zeros(0, 4, requires_grad=True)
+        loss = kd_loss(empty, empty.detach(), labels[:0], reduction="mean")
+        loss.backward()
+        assert loss == 0
+        assert empty.grad.shape == (0, 4)
+
+    def test_mixed_dtypes_take_the_wider(self):
+        student, teacher, labels, _ = inputs(5, 4, torch.float32)
+        ours = kd_loss(student, teacher.to(torch.bfloat16), labels)
+        assert torch.equal(ours, kd_loss(student, teacher.to(torch.bfloat16).float(), labels))
+
+    def test_integer_options_are_numbers_too(self):
+        student, teacher, labels, _ = inputs(5, 4)
+        a, b = kd_loss(student, teacher, labels, temperature=2, alpha=1), F.cross_entropy(student, labels, reduction="none")
+        torch.testing.assert_close(a, b)
+
+    def test_works_without_gradients_and_in_inference_mode(self):
+        student, teacher, labels, _ = inputs(5, 4)
+        expected = kd_loss(student, teacher, labels)
+        with torch.no_grad():
+            assert torch.equal(kd_loss(student.requires_grad_(), teacher, labels), expected)
+        with torch.inference_mode():
+            assert torch.equal(kd_loss(student, teacher, labels), expected)
+
+
+class TestBadInput:
+    """Every message names the argument and what it was."""
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"student_logits": [[1.0]]}, TypeError, r"student_logits is \[\[1.0\]\] \(list\)"),
+            ({"student_logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "student_logits has dtype torch.int64"),
+            ({"teacher_logits": torch.zeros(3, 4, dtype=torch.complex64)}, TypeError, "teacher_logits has dtype"),
+            ({"student_logits": torch.zeros(())}, ValueError, r"student_logits has shape \(\)"),
+            ({"student_logits": torch.zeros(3, 0)}, ValueError, r"student_logits has shape \(3, 0\)"),
+            ({"teacher_logits": torch.zeros(3, 5)}, ValueError, r"teacher_logits has shape \(3, 5\), expected \(3, 4\)"),
+            ({"teacher_logits": torch.zeros(3, 4, device="meta")}, ValueError, "teacher_logits is on device meta"),
+            ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels has shape \(2,\), expected \(3,\)"),
+            ({"labels": torch.zeros(3)}, TypeError, "labels have dtype torch.float32"),
+            ({"labels": torch.tensor([0, 4, 0])}, ValueError, r"labels\[1\] is 4, expected 0 <= label < 4"),
+            ({"labels": torch.tensor([0, 0, -1])}, ValueError, r"labels\[2\] is -1"),
+            ({"weight": torch.ones(4)}, ValueError, r"weight has shape \(4,\)"),
+            ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight has dtype torch.int64"),
+            ({"temperature": 0.0}, ValueError, "temperature is 0.0, expected a positive"),
+            ({"temperature": -2.0}, ValueError, "temperature is -2.0"),
+            ({"temperature": math.inf}, ValueError, "temperature is inf"),
+            ({"temperature": math.nan}, ValueError, "temperature is nan"),
+            ({"temperature": "hot"}, TypeError, "temperature is 'hot'"),
+            ({"alpha": 1.5}, ValueError, "alpha is 1.5, expected a number from 0 to 1"),
+            ({"alpha": -0.1}, ValueError, "alpha is -0.1"),
+            ({"alpha": True}, TypeError, "alpha is True"),
+            ({"reduction": "average"}, ValueError, "reduction is 'average', expected one of 'none', 'sum', 'mean'"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["default", "reference"])
+    def test_message(self, change, error, message, name):
+        arguments = {
+            "student_logits": torch.zeros(3, 4),
+            "teacher_logits": torch.zeros(3, 4),
+            "labels": torch.tensor([0, 1, 2]),
+            **change,
+        }
+        forced = backend("reference") if name == "reference" else backend("cpu" if HAS_KERNELS else "reference")
+        with forced, pytest.raises(error, match=message):
+            kd_loss(**arguments)
+
+    @pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_check_finite(self, name, value):
+        arguments = {"student_logits": torch.zeros(3, 4), "teacher_logits": torch.zeros(3, 4)}
+        arguments[name][1, 2] = value
+        with pytest.raises(ValueError, match=rf"{name}\[1, 2\] is {value}"):
+            kd_loss(**arguments, labels=torch.tensor([0, 1, 2]), check_finite=True)
+        arguments[name][1, 2] = -math.inf
+        kd_loss(**arguments, labels=torch.tensor([0, 1, 3]), check_finite=True)
+
+    @needs_kernels
+    def test_the_kernel_itself_refuses_what_it_cannot_do(self):
+        logits, labels, weight = torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.ones(3)
+        with pytest.raises(RuntimeError, match="labels"):
+            ops._kd_loss(logits, logits, labels + 2, weight, 1.0, 0.5)
+        with pytest.raises(RuntimeError, match="shape"):
+            ops._kd_loss(logits, logits[:2], labels, weight, 1.0, 0.5)
+        with pytest.raises(RuntimeError, match="accumulation dtype"):
+            ops._kd_loss(logits, logits, labels, weight.double(), 1.0, 0.5)
+
+
+HAS_KERNELS = kdaif_fast.backends()["cpu"] == "loaded"

@@ -73,13 +73,13 @@ def directional_derivative(function: Callable[[Tensor], Tensor], primal: Tensor,
         return torch.zeros(()) if derivative is None else derivative
 
 
-def derive(op: Any, rules: Rules) -> None:  # noqa: ANN401
+def derive(op: Any, rules: Rules) -> None:
     """Give an op derivative and batching rules."""
     if not AVAILABLE:
         return
     function = _single_level_function(op, rules)
 
-    def autograd_kernel(*args: Any) -> Any:  # noqa: ANN401
+    def autograd_kernel(*args: Any) -> Any:
         if _is_tracked(args):
             with enable_single_level_autograd_function():
                 return function.apply(*args)
@@ -97,10 +97,10 @@ def _is_tracked(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and (a.requires_grad or _is_wrapped(a)) for a in args)
 
 
-def _single_level_function(op: Any, rules: Rules) -> Any:  # noqa: ANN401
+def _single_level_function(op: Any, rules: Rules) -> Any:
     class SingleLevel(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:  # noqa: ANN401
+        def forward(ctx: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
             ctx.is_tensor = [isinstance(a, Tensor) for a in args]
             ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
@@ -116,7 +116,7 @@ def _single_level_function(op: Any, rules: Rules) -> Any:  # noqa: ANN401
                 return op(*args)
 
         @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # noqa: ANN401
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
             inputs, grad = _restore(ctx)
             if grad_outputs[0] is None:
                 return (None,) * len(inputs)
@@ -127,7 +127,7 @@ def _single_level_function(op: Any, rules: Rules) -> Any:  # noqa: ANN401
             return tuple(rules.backward(inputs, ctx.needs_input_grad, *grad_outputs))
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # noqa: ANN401
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             inputs, _ = _restore(ctx)
             with forward_ad._set_fwd_grad_enabled(True):
                 return rules.jvp([_without_tangent(a) for a in inputs], *tangents)
@@ -136,7 +136,7 @@ def _single_level_function(op: Any, rules: Rules) -> Any:  # noqa: ANN401
     return SingleLevel
 
 
-def _restore(ctx: Any) -> tuple[list[Any], Tensor | None]:  # noqa: ANN401
+def _restore(ctx: Any) -> tuple[list[Any], Tensor | None]:
     saved = list(ctx.saved_tensors)
     count = sum(ctx.is_tensor)
     tensors = iter(saved[:count])
@@ -144,7 +144,7 @@ def _restore(ctx: Any) -> tuple[list[Any], Tensor | None]:  # noqa: ANN401
     return inputs, saved[count] if len(saved) > count else None
 
 
-def _without_tangent(value: Any) -> Any:  # noqa: ANN401
+def _without_tangent(value: Any) -> Any:
     # At level 0 by the raw function: Python's own level counter is not set while a compiler traces.
     if isinstance(value, Tensor) and value.is_floating_point():
         return torch._VF._unpack_dual(value, level=0)[0]
@@ -178,10 +178,10 @@ def _scale_rows(factors: Tensor, rows: Tensor) -> Tensor | None:
     return factors[:, None] * rows if factors.dtype == rows.dtype else None
 
 
-def _fold_into_rows(op: Any, row_inputs: Sequence[bool]) -> Callable[..., tuple[Tensor, int]]:  # noqa: ANN401
+def _fold_into_rows(op: Any, row_inputs: Sequence[bool]) -> Callable[..., tuple[Tensor, int]]:
     """A vmap rule for an op whose rows are independent: B batches of N rows are B * N rows."""
 
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:  # noqa: ANN401
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         folded = []
         for argument, dim, has_rows in zip(args, in_dims, row_inputs, strict=True):
             if has_rows:

@@ -72,7 +72,7 @@ def backends() -> dict[str, str]:
     return {"reference": "loaded", **_STATES}
 
 
-def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:  # noqa: ANN401
+def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
     """Define an op. A device without a compiled kernel gets the reference; `fake` gives shapes and dtypes only."""
     name = LIBRARY.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -82,7 +82,7 @@ def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., An
     return op
 
 
-def kernel_for(op: Any, device: str) -> str:  # noqa: ANN401
+def kernel_for(op: Any, device: str) -> str:
     """Which backend answers for an op on a device type ("cpu" or "cuda")."""
     key = device.upper()
     return device if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) else "reference"
@@ -96,7 +96,7 @@ def ops() -> list[Any]:
 class _ForceReference(TorchDispatchMode):
     """Answers every op of the library with its reference. It sits below autograd and every transform."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _references.get(func, func)(*args, **(kwargs or {}))
 
 

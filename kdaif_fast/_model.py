@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     teacher_logits: Tensor | None = None
 
 
-def unpack_batch(batch: Any, name: str) -> Batch:  # noqa: ANN401
+def unpack_batch(batch: Any, name: str) -> Batch:
     """Read (inputs, targets), (inputs, targets, teacher_logits), or a mapping with those keys."""
     if isinstance(batch, Mapping):
         missing, unknown = {"inputs", "targets"} - set(batch), set(batch) - set(Batch._fields)
@@ -37,7 +37,9 @@ def unpack_batch(batch: Any, name: str) -> Batch:  # noqa: ANN401
         if len(batch) not in (2, 3):
             raise ValueError(f"{name} has {len(batch)} parts, expected (inputs, targets[, teacher_logits])")
         return Batch(*batch)
-    raise TypeError(f"{name} is a {type(batch).__name__}, expected a tuple (inputs, targets[, teacher_logits]) or a mapping")
+    raise TypeError(
+        f"{name} is a {type(batch).__name__}, expected a tuple (inputs, targets[, teacher_logits]) or a mapping"
+    )
 
 
 def select_parameters(model: nn.Module, params: Iterable[str | Tensor] | None) -> dict[str, Tensor]:
@@ -45,7 +47,7 @@ def select_parameters(model: nn.Module, params: Iterable[str | Tensor] | None) -
 
     A name may also be that of a submodule, for all of its parameters.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if params is None:
         if not trainable:
             raise ValueError("model has no parameter that requires grad")
@@ -75,8 +77,8 @@ def require_independent_samples(model: nn.Module) -> None:
             continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"module {name!r} ({type(module).__name__}) is in training mode, where every sample's output depends on "
-                "the whole batch, so that no sample has a loss of its own. Call model.eval() first (statistics as "
+                f"module {name!r} ({type(module).__name__}) is in training mode, where each output depends on the "
+                "whole batch, so that no sample has a loss of its own. Call model.eval() first (statistics as "
                 "learned so far), or use GroupNorm or LayerNorm"
             )
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
@@ -95,11 +97,13 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            # Not mkldnn.flags(enabled=False), which warns about settings that it touches on the way.
+            stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         yield
 
 
-def run_model(model: nn.Module, inputs: Any) -> Tensor:  # noqa: ANN401
+def run_model(model: nn.Module, inputs: Any) -> Tensor:
     """The model's outputs: the tensor it returns, or the `logits` of what it returns (Hugging Face models)."""
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)

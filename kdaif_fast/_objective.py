@@ -1,8 +1,8 @@
-"""The loss of a model on a batch, as a function of the parameters: values, gradients, and one reusable linearisation."""
+"""The loss of a model on a batch, as a function of the parameters, with one linearisation for all products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        batch: Any,  # noqa: ANN401
+        batch: Any,
         loss: Loss | None = None,
         params: Iterable[str | Tensor] | None = None,
         name: str = "batch",
@@ -81,18 +81,17 @@ class Objective:
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
         pass, in Python.
         """
-        dummy, pulled, used = self._transposed
+        dummy, (pulled, used) = self._transposed
         pieces = unflatten(direction, self._tensors)
         (tangent,) = torch.autograd.grad(pulled, dummy, [pieces[i] for i in used], retain_graph=True)
         return tangent
 
     @cached_property
-    def _transposed(self) -> tuple[Tensor, list[Tensor], list[int]]:
+    def _transposed(self) -> tuple[Tensor, tuple[list[Tensor], list[int]]]:
         with torch.enable_grad():
             dummy = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, self._tensors, dummy, create_graph=True, allow_unused=True)
-        used = [i for i, piece in enumerate(pulled) if piece is not None and piece.requires_grad]
-        return dummy, [pulled[i] for i in used], used
+        return dummy, _differentiable(pulled)
 
     def loss_hessian(self, tangent: Tensor) -> Tensor:
         """Every sample's Hessian of the loss in the outputs, times its tangent: [N, ...] -> [N, ...]."""
@@ -105,24 +104,28 @@ class Objective:
 
     def full_hessian(self, direction: Tensor) -> Tensor:
         """Hessian of the mean loss in the parameters, times a direction: [P] -> [P]."""
-        pieces = torch.autograd.grad(
-            self._parameter_grads,
-            self._tensors,
-            unflatten(direction, self._tensors),
-            retain_graph=True,
-            materialize_grads=True,
+        grads, used = self._parameter_grads
+        pieces = unflatten(direction, self._tensors)
+        if not used:  # the gradient is constant
+            return torch.zeros_like(direction)
+        product = torch.autograd.grad(
+            grads, self._tensors, [pieces[i] for i in used], retain_graph=True, materialize_grads=True
         )
-        return flatten(pieces)
+        return flatten(product)
 
     @cached_property
-    def _parameter_grads(self) -> tuple[Tensor, ...]:
+    def _parameter_grads(self) -> tuple[list[Tensor], list[int]]:
         with torch.enable_grad():
             mean_loss = sample_losses(self._loss, self.outputs, self._batch, self._name).mean()
-            return torch.autograd.grad(
-                mean_loss, self._tensors, create_graph=True, materialize_grads=True, allow_unused=True
-            )
+            return _differentiable(torch.autograd.grad(mean_loss, self._tensors, create_graph=True, allow_unused=True))
 
     def dots(self, direction: Tensor) -> Tensor:
         """<grad l_i, v> for every sample, [P] -> [N]: the losses' change along the direction."""
         products = self.output_grads * self.push(direction)
         return products.flatten(1).sum(1, dtype=wide_dtype(products.dtype))
+
+
+def _differentiable(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The gradients that depend on something, with the positions of their parameters."""
+    kept = [(grad, i) for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
+    return [grad for grad, _ in kept], [i for _, i in kept]

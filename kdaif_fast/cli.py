@@ -18,7 +18,9 @@ def main() -> None:
 @main.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=8, show_default=True, help="Repetitions.")
-@click.option("--flip", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True, help="Wrong labels.")
+@click.option(
+    "--flip", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True, help="Wrong labels."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar (there is none anyway where output is no terminal).")
 def demo(out: Path, seeds: int, flip: float, quiet: bool) -> None:
     """Distil on real digits with wrong labels, with and without influence weights, and compare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 
@@ -40,10 +41,10 @@ def info() -> dict[str, str]:
 
 def _build_facts() -> dict[str, str]:
     try:
-        from . import _build_info
+        build = importlib.import_module("kdaif_fast._build_info").BUILD
     except ImportError:
         return {"built with": "unknown (no build facts: no kernels, or no Python headers or pybind11 when building)"}
-    return {f"built with {name}": value or "none" for name, value in _build_info.BUILD.items()}
+    return {f"built with {name}": value or "none" for name, value in build.items()}
 
 
 def _cpu_level() -> str:

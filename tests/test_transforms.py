@@ -147,9 +147,7 @@ def test_compiled_with_dynamic_shapes():
         y = torch.randint(classes, (rows,))
         s.requires_grad_()
         (ours,) = torch.autograd.grad(compiled(s, t, y), s)
-        (expected,) = torch.autograd.grad(
-            reference.kd_loss(s, t, y, torch.ones(rows, dtype=s.dtype), T, 0.5).sum(), s
-        )
+        (expected,) = torch.autograd.grad(reference.kd_loss(s, t, y, torch.ones(rows, dtype=s.dtype), T, 0.5).sum(), s)
         torch.testing.assert_close(ours, expected)
 
 
@@ -180,7 +178,9 @@ def test_dtypes_under_transforms(dtype):
     def loss(s):
         return ops.kd_loss(s, t, LABELS, temperature=T).sum()
 
-    expected = grad(lambda s: reference.kd_loss(s, t.double(), LABELS, torch.ones(N).double(), T, 0.5).sum())(s.double())
+    expected = grad(lambda s: reference.kd_loss(s, t.double(), LABELS, torch.ones(N).double(), T, 0.5).sum())(
+        s.double()
+    )
     gradient = grad(loss)(s)
     assert gradient.dtype == dtype
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-2, atol=2e-3)

@@ -1,1 +1,1 @@
-"""What the library is measured against: the obvious implementations, written the way the field's examples write them."""
+"""What the library is measured against: the obvious implementations, as examples write them."""

@@ -45,12 +45,10 @@ def naive_influence_scores(
     tol: float,
     max_iter: int = 200,
 ) -> Tensor:
-    """phi [N], positive = harmful."""
+    """Phi [N], positive = harmful."""
     parameters = list(model.parameters())
     validation_grad = flat_grad(F.cross_entropy(model(val[0]), val[1]), parameters)
-    s = conjugate_gradients(
-        lambda v: hessian_vector_product(model, batch, v), validation_grad, damping, tol, max_iter
-    )
+    s = conjugate_gradients(lambda v: hessian_vector_product(model, batch, v), validation_grad, damping, tol, max_iter)
     scores = []
     for x, y in zip(*batch, strict=True):
         sample_grad = flat_grad(F.cross_entropy(model(x[None]), y[None]), parameters)

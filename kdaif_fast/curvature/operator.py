@@ -31,7 +31,7 @@ class CurvatureOperator(ABC):
     def __init__(
         self,
         model: nn.Module | None,
-        batch: Any,  # noqa: ANN401
+        batch: Any,
         *,
         loss: Loss | None = None,
         params: Iterable[str | Tensor] | None = None,
@@ -56,7 +56,7 @@ class CurvatureOperator(ABC):
         """C v, in the form that v has: flat [P], or a dictionary shaped like the parameters."""
         vector = as_vector(direction, self.parameters, "direction")
         product = self._product(vector)
-        return product if isinstance(direction, Tensor) else as_dict(product, self.parameters)  # type: ignore[return-value]
+        return product if isinstance(direction, Tensor) else as_dict(product, self.parameters)
 
     def mean_eigenvalue(self, probes: int = 8, seed: int = 0) -> float:
         """Estimate of trace(C) / P: the mean of v . C v / P over random signs v (Hutchinson 1989).

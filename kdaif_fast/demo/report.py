@@ -74,7 +74,7 @@ def write_weights(path: Path, data: Digits, outcome: Outcome) -> None:
             writer.writerow([index, label, true, flipped, f"{phi:.6g}", f"{w:.6g}"])
 
 
-def _pyplot() -> Any:  # noqa: ANN401
+def _pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -104,7 +104,7 @@ def draw_harmful(path: Path, data: Digits, outcome: Outcome, rows: int = 3, colu
     plt = _pyplot()
     figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.75 * rows), layout="constrained")
     for axes, index in zip(grid.flat, outcome.weights.argsort().tolist(), strict=False):
-        axes.imshow(1 - data.train_x[index].view(8, 8), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(1 - data.train_x[index].view(8, 8).numpy(), cmap="gray", vmin=0, vmax=1)
         given, true = int(data.train_y[index]), int(data.true_y[index])
         color = "#d1495b" if given != true else "#3b75af"
         axes.set_title(f"given {given}, true {true}\nw = {outcome.weights[index]:.2f}", fontsize=8, color=color)

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
 def build(*widths: int) -> nn.Module:
     """A multi-layer perceptron on 64 pixels."""
     sizes = (64, *widths)
-    hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]  # noqa: B905
+    hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], CLASSES))
 
 

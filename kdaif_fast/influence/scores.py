@@ -23,16 +23,38 @@ AUTO_DAMPING = 0.1
 
 @overload
 def influence_scores(
-    model: nn.Module, batch: Any, val: Any, *, return_solution: Literal[False] = False, **options: Any
+    model: nn.Module,
+    batch: Any,
+    val: Any,
+    *,
+    loss: Loss | None = ...,
+    params: Iterable[str | Tensor] | None = ...,
+    curvature: str = ...,
+    solver: str = ...,
+    damping: float | Literal["auto"] = ...,
+    tol: float | None = ...,
+    max_iter: int = ...,
+    return_solution: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def influence_scores(
-    model: nn.Module, batch: Any, val: Any, *, return_solution: Literal[True], **options: Any
+    model: nn.Module,
+    batch: Any,
+    val: Any,
+    *,
+    loss: Loss | None = ...,
+    params: Iterable[str | Tensor] | None = ...,
+    curvature: str = ...,
+    solver: str = ...,
+    damping: float | Literal["auto"] = ...,
+    tol: float | None = ...,
+    max_iter: int = ...,
+    return_solution: Literal[True],
 ) -> tuple[Tensor, Solution]: ...
 def influence_scores(
     model: nn.Module,
-    batch: Any,  # noqa: ANN401
-    val: Any,  # noqa: ANN401
+    batch: Any,
+    val: Any,
     *,
     loss: Loss | None = None,
     params: Iterable[str | Tensor] | None = None,

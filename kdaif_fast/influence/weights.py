@@ -14,7 +14,7 @@ ROBUST_QUANTILES = (0.01, 0.99)
 
 
 def sigmoid_weights(phi: Tensor, *, gamma: float = 10.0, scale: float | str = "range") -> Tensor:
-    """w = 2 / (1 + exp(gamma * phi / scale)): in (0, 2), 1 at phi = 0, below 1 exactly where phi > 0 (harmful).
+    """W = 2 / (1 + exp(gamma * phi / scale)): in (0, 2), 1 at phi = 0, below 1 exactly where phi > 0 (harmful).
 
     Meets both conditions of KD-AIF's Theorem 1: the perturbation w - 1 vanishes with phi, and decreases in phi.
 
@@ -63,12 +63,12 @@ def _width(phi: Tensor, scale: float | str) -> Tensor:
 
 def influence_weights(
     model: nn.Module,
-    batch: Any,  # noqa: ANN401
-    val: Any,  # noqa: ANN401
+    batch: Any,
+    val: Any,
     *,
     gamma: float = 10.0,
     scale: float | str = "range",
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> Tensor:
     """Weight w [N] of every sample of `batch` by its influence on the mean loss of `val`; w < 1 means harmful.
 

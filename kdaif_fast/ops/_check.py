@@ -11,13 +11,13 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def is_tensor(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+def is_tensor(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected a torch.Tensor")
 
 
-def is_logits(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+def is_logits(op: str, name: str, value: Any) -> None:
     """Raise unless value is a floating-point tensor [..., V] with at least one class."""
     is_tensor(op, name, value)
     if value.dtype not in FLOAT_DTYPES:
@@ -27,7 +27,7 @@ def is_logits(op: str, name: str, value: Any) -> None:  # noqa: ANN401
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected [..., V] with V >= 1 classes")
 
 
-def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, device: torch.device) -> None:  # noqa: ANN401
+def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, device: torch.device) -> None:
     """Raise unless value is a tensor of that shape on that device; `other` says what the shape comes from."""
     is_tensor(op, name, value)
     if value.shape != shape:
@@ -36,26 +36,26 @@ def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, devic
         raise ValueError(f"{op}: {name} is on device {value.device}, expected {device} as {other}")
 
 
-def is_positive(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+def is_positive(op: str, name: str, value: Any) -> None:
     """Raise unless value is a positive finite number."""
     _is_number(op, name, value, "a positive finite number")
     if not 0 < value < math.inf:  # also false for NaN, and a compiler can follow it
         raise ValueError(f"{op}: {name} is {value!r}, expected a positive finite number")
 
 
-def is_share(op: str, name: str, value: Any) -> None:  # noqa: ANN401
+def is_share(op: str, name: str, value: Any) -> None:
     """Raise unless value is a number from 0 to 1."""
     _is_number(op, name, value, "a number from 0 to 1")
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} is {value!r}, expected a number from 0 to 1")
 
 
-def _is_number(op: str, name: str, value: Any, expected: str) -> None:  # noqa: ANN401
+def _is_number(op: str, name: str, value: Any, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected {expected}")
 
 
-def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:  # noqa: ANN401
+def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")

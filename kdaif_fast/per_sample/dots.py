@@ -14,7 +14,7 @@ from .._tree import as_vector
 
 def per_sample_grad_dots(
     model: nn.Module,
-    batch: Any,  # noqa: ANN401
+    batch: Any,
     direction: Tensor | Mapping[str, Tensor],
     *,
     loss: Loss | None = None,

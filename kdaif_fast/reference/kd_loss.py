@@ -19,7 +19,7 @@ def _wide(logits: Tensor) -> Tensor:
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, weight: Tensor, temperature: float, alpha: float
 ) -> Tensor:
-    """weight * (alpha CE(y, s) + (1 - alpha) T^2 KL(softmax(t / T) || softmax(s / T))), one value per row: [N]."""
+    """Weight * (alpha CE(y, s) + (1 - alpha) T^2 KL(softmax(t / T) || softmax(s / T))), one value per row: [N]."""
     student = _wide(student_logits)
     loss = torch.zeros_like(student[:, 0])
     # A part without weight is left out, so that its infinities (a masked label, say) cannot turn into NaN.
@@ -36,7 +36,12 @@ def kd_loss(
 
 
 def kd_loss_grad(
-    grad_output: Tensor, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+    grad_output: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
 ) -> Tensor:
     """Gradient of grad_output . kd_loss (with weight 1) with respect to the student's logits: [N, V]."""
     student = _wide(student_logits)

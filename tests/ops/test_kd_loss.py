@@ -54,7 +54,9 @@ class TestReference:
     @pytest.mark.parametrize("alpha", ALPHAS)
     def test_is_the_textbook_formula(self, T, alpha):
         args = inputs(6, 9)
-        torch.testing.assert_close(reference.kd_loss(*args, T, alpha), textbook(*args, T, alpha), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            reference.kd_loss(*args, T, alpha), textbook(*args, T, alpha), rtol=1e-12, atol=1e-12
+        )
 
     @pytest.mark.parametrize("T", [1.0, 2.5])
     @pytest.mark.parametrize("alpha", ALPHAS)
@@ -125,19 +127,14 @@ class TestDerivatives:
         loss.backward()
         torch.testing.assert_close(student.grad, 2 * once, rtol=0, atol=0)
 
-    def test_gradient_does_not_share_memory_with_the_graph(self):
+    def test_gradient_changed_in_place_is_not_used_again(self):
         student, teacher, labels, _ = inputs(3, 4)
         student.requires_grad_()
         loss = kd_loss(student, teacher, labels, reduction="sum")
         (first,) = torch.autograd.grad(loss, student, retain_graph=True)
-        kept = first.clone()
         first.zero_()
-        try:
-            (second,) = torch.autograd.grad(loss, student)
-        except RuntimeError as error:  # torch's own guard: "modified by an inplace operation"
-            assert "inplace" in str(error)
-        else:
-            torch.testing.assert_close(second, kept, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="inplace"):  # torch's guard of what is saved; never a wrong number
+            torch.autograd.grad(loss, student)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -233,7 +230,9 @@ class TestKernel:
         for name, view in layouts.items():
             assert torch.equal(view, student)
             for ours, right in zip(
-                ops._kd_loss_with_grad(view, teacher.t().contiguous().t(), labels.repeat_interleave(2)[::2], weight, 2.0, 0.4),
+                ops._kd_loss_with_grad(
+                    view, teacher.t().contiguous().t(), labels.repeat_interleave(2)[::2], weight, 2.0, 0.4
+                ),
                 expected,
                 strict=True,
             ):
@@ -264,7 +263,7 @@ class TestKernel:
         assert hvp.isfinite().all()
 
     def test_class_that_only_the_student_excludes_costs_infinity(self):
-        student, teacher, labels, weight = inputs(2, 4, torch.float32)
+        student, teacher, labels, _ = inputs(2, 4, torch.float32)
         labels[:] = 0
         student[0, 2] = -math.inf
         loss = ops._kd_loss(student, teacher, labels, torch.ones(2), 1.0, 0.5)
@@ -364,7 +363,10 @@ class TestConvenience:
 
     def test_integer_options_are_numbers_too(self):
         student, teacher, labels, _ = inputs(5, 4)
-        a, b = kd_loss(student, teacher, labels, temperature=2, alpha=1), F.cross_entropy(student, labels, reduction="none")
+        a, b = (
+            kd_loss(student, teacher, labels, temperature=2, alpha=1),
+            F.cross_entropy(student, labels, reduction="none"),
+        )
         torch.testing.assert_close(a, b)
 
     def test_works_without_gradients_and_in_inference_mode(self):
@@ -383,11 +385,19 @@ class TestBadInput:
         ("change", "error", "message"),
         [
             ({"student_logits": [[1.0]]}, TypeError, r"student_logits is \[\[1.0\]\] \(list\)"),
-            ({"student_logits": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "student_logits has dtype torch.int64"),
+            (
+                {"student_logits": torch.zeros(3, 4, dtype=torch.int64)},
+                TypeError,
+                "student_logits has dtype torch.int64",
+            ),
             ({"teacher_logits": torch.zeros(3, 4, dtype=torch.complex64)}, TypeError, "teacher_logits has dtype"),
             ({"student_logits": torch.zeros(())}, ValueError, r"student_logits has shape \(\)"),
             ({"student_logits": torch.zeros(3, 0)}, ValueError, r"student_logits has shape \(3, 0\)"),
-            ({"teacher_logits": torch.zeros(3, 5)}, ValueError, r"teacher_logits has shape \(3, 5\), expected \(3, 4\)"),
+            (
+                {"teacher_logits": torch.zeros(3, 5)},
+                ValueError,
+                r"teacher_logits has shape \(3, 5\), expected \(3, 4\)",
+            ),
             ({"teacher_logits": torch.zeros(3, 4, device="meta")}, ValueError, "teacher_logits is on device meta"),
             ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels has shape \(2,\), expected \(3,\)"),
             ({"labels": torch.zeros(3)}, TypeError, "labels have dtype torch.float32"),

@@ -1,0 +1,289 @@
+"""Influence scores: against brute force, and against what they predict, retraining."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kdaif_fast
+from kdaif_fast import ConvergenceWarning, backend, influence_scores
+from kdaif_fast.ops import kd_loss
+from tests.cases import CLASSES, MODELS, Dense, M, N, make
+
+
+def brute_force(model, batch, val, damping, curvature):
+    dense = Dense(model)
+    matrix = {"ggn": dense.gauss_newton, "hessian": dense.hessian}[curvature](batch)
+    matrix = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    return -dense.grads(batch) @ torch.linalg.solve(matrix, dense.grads(val).mean(0))
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("name", MODELS)
+def test_against_brute_force(name, curvature):
+    model, batch, val = make(name)
+    damping = 0.01
+    if curvature == "hessian":
+        damping += max(0.0, -torch.linalg.eigvalsh(Dense(model).hessian(batch))[0].item())
+    phi = influence_scores(model, batch, val, curvature=curvature, damping=damping, tol=1e-10, max_iter=2000)
+    expected = brute_force(model, batch, val, damping, curvature)
+    torch.testing.assert_close(phi, expected, rtol=1e-5, atol=1e-7 * expected.abs().max().item())
+    with backend("reference"):
+        again = influence_scores(model, batch, val, curvature=curvature, damping=damping, tol=1e-10, max_iter=2000)
+    torch.testing.assert_close(again, phi, rtol=1e-6, atol=1e-9)
+
+
+def test_identity_is_gradient_dots():
+    model, batch, val = make("mlp")
+    dense = Dense(model)
+    expected = -dense.grads(batch) @ dense.grads(val).mean(0)
+    torch.testing.assert_close(influence_scores(model, batch, val, curvature="identity"), expected)
+    damped = influence_scores(model, batch, val, curvature="identity", damping=1.0)
+    torch.testing.assert_close(damped, expected / 2)
+
+
+class Regression:
+    """l2-regularised logistic regression, solved by Newton's method: retraining is exact and cheap."""
+
+    def __init__(self, decay, N=300, features=5, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        truth = torch.randn(features, CLASSES, generator=random, dtype=torch.float64)
+
+        def draw(n):
+            x = torch.randn(n, features, generator=random, dtype=torch.float64)
+            noise = torch.rand(n, CLASSES, generator=random, dtype=torch.float64)
+            return x, (x @ truth - (-noise.log()).log()).argmax(1)
+
+        self.batch, self.val = draw(N), draw(100)
+        flips = torch.randperm(N, generator=random)[: N // 10]
+        self.batch[1][flips] = (self.batch[1][flips] + 1) % CLASSES
+        self.decay, self.shape = decay, (CLASSES, features)
+
+    def losses(self, theta, batch):
+        return F.cross_entropy(batch[0] @ theta.view(self.shape).T, batch[1], reduction="none")
+
+    def fit(self, weight):
+        """Parameters at which the gradient of the weighted, regularised mean loss is below 1e-10."""
+        N = len(weight)
+
+        def objective(theta):
+            return (weight * self.losses(theta, self.batch)).sum() / N + self.decay / 2 * theta @ theta
+
+        theta = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.float64)
+        for _ in range(50):
+            gradient = torch.func.grad(objective)(theta)
+            if gradient.norm() < 1e-10:
+                return theta
+            H = torch.func.jacfwd(torch.func.grad(objective))(theta)
+            # Without decay the softmax leaves directions of no curvature; least squares steps across them.
+            theta = theta - torch.linalg.lstsq(H, gradient, driver="gelsd").solution
+        raise AssertionError("Newton's method did not converge")
+
+    def validation_loss(self, weight):
+        return self.losses(self.fit(weight), self.val).mean()
+
+    def model(self):
+        model = nn.Linear(self.shape[1], self.shape[0], bias=False, dtype=torch.float64)
+        theta = self.fit(torch.ones(len(self.batch[1]), dtype=torch.float64))
+        model.weight.data = theta.view(self.shape).clone()
+        return model
+
+
+def slope_and_correlation(predicted, actual):
+    p, a = predicted - predicted.mean(), actual - actual.mean()
+    return (p @ a / (p @ p)).item(), (p @ a / (p.norm() * a.norm())).item()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Regression(decay=0.02)
+
+
+@pytest.fixture(scope="module")
+def phi(problem):
+    return influence_scores(problem.model(), problem.batch, problem.val, damping=problem.decay, tol=1e-10)
+
+
+class TestRetraining:
+    """The sign and the scale of phi are what retraining does to the validation loss."""
+
+    def effects(self, problem, change):
+        N = len(problem.batch[1])
+        ones = torch.ones(N, dtype=torch.float64)
+        base = problem.validation_loss(ones)
+        rows = ones + change * torch.eye(N, dtype=torch.float64)
+        return torch.stack([problem.validation_loss(row) for row in rows]) - base
+
+    def test_more_weight(self, problem, phi):
+        """Weight 1 + eps on sample i changes the validation loss by eps phi_i / N."""
+        eps = 1e-3
+        slope, correlation = slope_and_correlation(phi * eps / len(phi), self.effects(problem, eps))
+        assert correlation >= 0.99999
+        assert abs(slope - 1) < 0.002
+
+    def test_leaving_one_out(self, problem, phi):
+        """Sample i gone changes the validation loss by -phi_i / N."""
+        slope, correlation = slope_and_correlation(-phi / len(phi), self.effects(problem, -1.0))
+        assert correlation >= 0.999
+        assert abs(slope - 1) < 0.02
+
+    def test_harmful_samples_are_the_flipped_ones(self, problem, phi):
+        order = phi.argsort(descending=True)
+        w = kdaif_fast.sigmoid_weights(phi)
+        reweighted, ones = problem.validation_loss(w), torch.ones_like(w)
+        assert reweighted < problem.validation_loss(ones)
+        assert problem.validation_loss(2 - w) > problem.validation_loss(ones)  # the other sign would harm
+        assert w[order[0]] < 1 < w[order[-1]]
+
+    def test_scores_sum_to_zero_at_the_unregularised_optimum(self):
+        problem = Regression(decay=0.0)
+        phi = influence_scores(problem.model(), problem.batch, problem.val, damping=1e-9, tol=1e-9)
+        assert phi.sum().abs() < 1e-4 * phi.abs().sum()
+
+    def test_hessian_and_gauss_newton_agree_on_a_linear_model(self, problem, phi):
+        hessian = influence_scores(
+            problem.model(), problem.batch, problem.val, curvature="hessian", damping=problem.decay, tol=1e-10
+        )
+        torch.testing.assert_close(hessian, phi, rtol=1e-5, atol=1e-8)  # linear model: the same matrix
+
+
+class TestForms:
+    def test_batches_as_mappings_tuples_and_lists(self):
+        model, batch, val = make("mlp")
+        expected = influence_scores(model, batch, val, damping=0.1)
+        mapping = {"inputs": val[0], "targets": val[1]}
+        assert torch.equal(influence_scores(model, list(batch), mapping, damping=0.1), expected)
+        wrapped = ((batch[0],), batch[1]), ({"input": val[0]}, val[1])
+        assert torch.equal(influence_scores(model, *wrapped, damping=0.1), expected)
+
+    def test_teacher_logits_choose_the_distillation_loss(self):
+        model, batch, val = make("mlp")
+        teacher = torch.randn(N, CLASSES, dtype=torch.float64)
+        phi = influence_scores(model, (*batch, teacher), val, damping=0.1)
+
+        def loss(outputs, targets, *teacher):
+            if teacher:
+                return kd_loss(outputs, *teacher, targets)
+            return F.cross_entropy(outputs, targets, reduction="none")
+
+        assert torch.allclose(phi, influence_scores(model, (*batch, teacher), val, loss=loss, damping=0.1))
+        mapping = {"inputs": batch[0], "targets": batch[1], "teacher_logits": teacher}
+        assert torch.equal(phi, influence_scores(model, mapping, val, damping=0.1))
+
+    def test_outputs_with_logits(self):
+        model, batch, val = make("mlp")
+
+        class Wrapper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                return type("Output", (), {"logits": self.inner(x)})()
+
+        expected = influence_scores(model, batch, val, damping=0.1)
+        assert torch.equal(influence_scores(Wrapper(), batch, val, damping=0.1), expected)
+
+    def test_parameters_can_be_restricted(self):
+        model, batch, val = make("mlp")
+        head = influence_scores(model, batch, val, params=["2"], damping=0.1, tol=1e-10)
+        for p in model[0].parameters():
+            p.requires_grad_(False)
+        frozen = influence_scores(model, batch, val, damping=0.1, tol=1e-10)
+        torch.testing.assert_close(head, frozen)
+
+    def test_model_is_left_alone(self):
+        model, batch, val = make("conv")
+        model[-1].train(False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        modes = [module.training for module in model.modules()]
+        with torch.no_grad():
+            influence_scores(model, batch, val, damping=0.1)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert modes == [module.training for module in model.modules()]
+
+
+class TestSolve:
+    def test_auto_damping_is_reported(self):
+        model, batch, val = make("mlp")
+        phi, solution = influence_scores(model, batch, val, return_solution=True)
+        again = influence_scores(model, batch, val, damping=solution.damping)
+        assert solution.converged
+        assert solution.damping > 0
+        assert torch.equal(phi, again)
+
+    def test_warns_when_not_converged(self):
+        model, batch, val = make("mlp")
+        with pytest.warns(ConvergenceWarning, match="after 2 products, not tol=0.001"):
+            influence_scores(model, batch, val, damping=1e-6, max_iter=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            influence_scores(model, batch, val, damping=1e-6, max_iter=2, tol=None)
+
+    def test_warns_of_an_indefinite_hessian(self):
+        model, batch, val = make("attention")
+        assert torch.linalg.eigvalsh(Dense(model).hessian(batch))[0] < -1e-3
+        with pytest.warns(ConvergenceWarning, match="indefinite"):
+            phi = influence_scores(model, batch, val, curvature="hessian", damping=0.0)
+        assert phi.isfinite().all()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"curvature": "fisher"}, ValueError, "curvature is 'fisher', expected one of 'ggn'"),
+            ({"solver": "magic"}, ValueError, "solver is 'magic', expected one of 'cg'"),
+            ({"damping": -1}, ValueError, "damping is -1"),
+            ({"damping": "much"}, ValueError, "damping is 'much'"),
+            ({"tol": 7.0}, ValueError, "tol is 7.0"),
+            ({"max_iter": 0}, ValueError, "max_iter is 0"),
+            ({"batch": torch.ones(3)}, TypeError, "batch is a Tensor"),
+            ({"batch": (torch.ones(3),)}, ValueError, "batch has 1 parts"),
+            ({"val": {"x": 1, "targets": 2}}, ValueError, r"val has the keys \['targets', 'x'\]"),
+            ({"params": []}, ValueError, "params is empty"),
+            ({"params": ["3.weight"]}, ValueError, "params contains '3.weight'"),
+            ({"params": [torch.ones(2)]}, ValueError, r"params contains a tensor of shape \(2,\)"),
+            (
+                {"loss": lambda z, y: F.cross_entropy(z, y)},
+                ValueError,
+                r"loss returned \(\) for batch, expected \(12,\)",
+            ),
+            ({"loss": lambda z, y: 3.0}, ValueError, "loss returned float for batch"),
+            (
+                {"val": (torch.ones(M, 4, dtype=torch.float64), torch.ones(M))},
+                ValueError,
+                r"val: the default loss needs .* the targets torch.float32 \(7,\)",
+            ),
+            ({"batch": (torch.ones(0, 4).double(), torch.ones(0).long())}, ValueError, "batch has no samples"),
+        ],
+    )
+    def test_message(self, change, error, message):
+        model, batch, val = make("mlp")
+        arguments = {"batch": batch, "val": val, **change}
+        with pytest.raises(error, match=message):
+            influence_scores(model, **arguments)
+
+    def test_label_out_of_range(self):
+        model, batch, val = make("mlp")
+        batch[1][3] = CLASSES
+        with pytest.raises(ValueError, match=rf"labels\[3\] is {CLASSES}"):
+            influence_scores(model, batch, val)
+
+    @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.Dropout(0.1)])
+    def test_layers_that_mix_samples_or_draw(self, layer):
+        model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).double()
+        _, batch, val = make("mlp")
+        with pytest.raises(ValueError, match=r"module '1' .*model\.eval\(\)"):
+            influence_scores(model, batch, val)
+        if not isinstance(layer, nn.SyncBatchNorm):  # which runs on GPUs only
+            influence_scores(model.eval(), batch, val, damping=0.1)
+
+    def test_frozen_model(self):
+        model, batch, val = make("mlp")
+        model.requires_grad_(False)
+        with pytest.raises(ValueError, match="no parameter that requires grad"):
+            influence_scores(model, batch, val)

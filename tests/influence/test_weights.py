@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdaif_fast import influence_scores, influence_weights, sigmoid_weights
+from tests.cases import make
+
+scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30).map(lambda x: torch.tensor(x, dtype=torch.float64))
+
+
+@given(phi=scores, gamma=st.floats(0, 100), scale=st.sampled_from(["range", "robust", 1.0, 1e3]))
+def test_conditions_of_theorem_1(phi, gamma, scale):
+    w = sigmoid_weights(phi, gamma=gamma, scale=scale)
+    assert w.isfinite().all()
+    assert ((w >= 0) & (w <= 2)).all()
+    assert (w[phi == 0] == 1).all()
+    assert (w[phi > 0] <= 1).all()
+    assert (w[phi < 0] >= 1).all()
+    order = phi.argsort()
+    assert (w[order].diff() <= 0).all()
+
+
+def test_formula():
+    phi = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    torch.testing.assert_close(sigmoid_weights(phi, gamma=4.0), 2 / (1 + torch.exp(4.0 * phi / 5)))
+    torch.testing.assert_close(sigmoid_weights(phi, gamma=4.0, scale=10), 2 / (1 + torch.exp(0.4 * phi)))
+
+
+def test_robust_scale_is_not_moved_by_an_outlier():
+    phi = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([1e6])])
+    w = sigmoid_weights(phi, scale="robust")
+    assert w[0] > 1.9
+    assert sigmoid_weights(phi)[0] < 1.01
+
+
+@pytest.mark.parametrize(("phi", "w"), [([], []), ([0.0, 0.0], [1.0, 1.0])])
+def test_nothing_to_tell_apart(phi, w):
+    assert sigmoid_weights(torch.tensor(phi)).tolist() == w
+
+
+def test_equal_scores_keep_their_sign():
+    assert (sigmoid_weights(torch.tensor([0.3, 0.3])) < 1).all()
+    assert (sigmoid_weights(torch.tensor([-0.3])) > 1).all()
+
+
+def test_nan_stays_nan():
+    w = sigmoid_weights(torch.tensor([math.nan, 1.0, -1.0]), scale=1.0)
+    assert w.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"phi": [1.0]}, TypeError, "phi is list"),
+        ({"phi": torch.tensor([1])}, TypeError, "phi is Tensor"),
+        ({"phi": torch.ones(2, 2)}, ValueError, r"phi has shape \(2, 2\)"),
+        ({"gamma": -1}, ValueError, "gamma is -1"),
+        ({"gamma": math.nan}, ValueError, "gamma is nan"),
+        ({"scale": "std"}, ValueError, "scale is 'std'"),
+        ({"scale": 0.0}, ValueError, "scale is 0.0"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        sigmoid_weights(**{"phi": torch.ones(2), **change})
+
+
+def test_influence_weights_are_the_weights_of_the_scores():
+    model, batch, val = make("mlp")
+    phi = influence_scores(model, batch, val, damping=0.1)
+    w = influence_weights(model, batch, val, damping=0.1, gamma=3.0, scale="robust")
+    assert torch.equal(w, sigmoid_weights(phi, gamma=3.0, scale="robust"))
+    assert not w.requires_grad
+    with pytest.raises(TypeError, match="influence_scores"):
+        influence_weights(model, batch, val, return_solution=True)

@@ -1,0 +1,79 @@
+"""The rooms of the house: imports point one way, down."""
+
+import ast
+from pathlib import Path
+
+import kdaif_fast
+
+PACKAGE = Path(kdaif_fast.__file__).parent
+
+# A room may import from itself and from the rooms below it. Private modules of the package are rooms of one file.
+BELOW = {
+    "_library": set(),
+    "_derive": {"_library"},
+    "_tree": set(),
+    "reference": set(),
+    "ops": {"reference", "_derive", "_library"},
+    "_model": {"ops"},
+    "_objective": {"_model", "_tree"},
+    "solvers": set(),
+    "curvature": {"_objective", "_model", "_tree"},
+    "per_sample": {"_objective", "_model", "_tree"},
+    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model"},
+    "demo": {"influence", "ops"},
+    "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
+    "cli": {"demo", "info", "__init__"},
+    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library"},
+}
+OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy"}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(imported room or outside package, whether it is imported inside a function) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    nested = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef)
+        for inner in ast.walk(outer)
+        if inner is not outer
+    }
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], id(node) in nested) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                yield node.module.split(".")[0], id(node) in nested
+            elif node.level == depth:  # from .. or, at the top, from .
+                for alias in node.names:
+                    name = (node.module or alias.name).split(".")[0]
+                    is_room = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists() or name == "_build_info"
+                    yield (name if is_room else "__init__"), id(node) in nested
+            else:
+                assert node.level < depth, f"{path}: an import from above the package"
+
+
+def test_imports_point_down():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {room(path) for path in files} == set(BELOW)
+    for path in files:
+        here = room(path)
+        for name, _ in imports(path):
+            if name in BELOW:
+                assert name == here or name in BELOW[here], f"{path.name} in {here} imports {name}, which is not below"
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    for path in PACKAGE.rglob("*.py"):
+        for name, nested in imports(path):
+            assert name not in OPTIONAL or nested, f"{path} imports {name} at its top"
+
+
+def test_only_the_library_loads_kernels():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name == "_library.py" or "load_library" not in path.read_text()

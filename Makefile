@@ -31,7 +31,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini --benchmark-json=runs/bench.json
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info kdaif_fast/*.so kdaif_fast/_build_report.json

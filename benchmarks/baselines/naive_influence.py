@@ -1,39 +1,48 @@
-"""Influence as the field's example code computes it: a Python loop over samples, and double backward in the solve.
+"""Influence as the field's example code computes it: Python loops over samples and batches, and double backward.
 
-One backward pass per training sample, and conjugate gradients in which every Hessian-vector product builds the
-gradient's graph afresh. Same mathematics, same damping, same stopping rule as `kdaif_fast.influence_scores`.
+One backward pass per training sample; conjugate gradients in which every Hessian-vector product goes through the
+training set in loader batches and builds the gradient's graph afresh. Same mathematics, damping and stopping rule as
+`kdaif_fast.influence_scores(..., curvature="hessian")`.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def flat_grad(loss: Tensor, parameters: list[Tensor], create_graph: bool = False) -> Tensor:
-    """Gradient of a scalar loss as one vector."""
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=create_graph)])
+Tensors = list[Tensor]
 
 
-def hessian_vector_product(model: nn.Module, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
-    """Hessian of the mean training loss times a vector, by double backward."""
+def dot(a: Tensors, b: Tensors) -> Tensor:
+    """Inner product of two lists of tensors."""
+    return sum(torch.sum(x * y) for x, y in zip(a, b, strict=True))
+
+
+def hessian_vector_product(model: nn.Module, batch: tuple[Tensor, Tensor], v: Tensors, batch_size: int) -> Tensors:
+    """Hessian of the mean training loss times v, by double backward, batch by batch."""
     parameters = list(model.parameters())
-    gradient = flat_grad(F.cross_entropy(model(batch[0]), batch[1]), parameters, create_graph=True)
-    return flat_grad(gradient @ vector, parameters)
+    total = [torch.zeros_like(p) for p in parameters]
+    for x, y in zip(*(part.split(batch_size) for part in batch), strict=True):
+        loss = F.cross_entropy(model(x), y)
+        grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        product = torch.autograd.grad(dot(grads, v), parameters)
+        total = [t + h * len(x) / len(batch[0]) for t, h in zip(total, product, strict=True)]
+    return total
 
 
-def conjugate_gradients(product, b: Tensor, damping: float, tol: float, max_iter: int) -> Tensor:
+def conjugate_gradients(product, b: Tensors, damping: float, tol: float, max_iter: int) -> Tensors:
     """Solve (H + damping I) x = b."""
-    x, r = torch.zeros_like(b), b.clone()
-    p, rr = r.clone(), r @ r
+    x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
+    rr = dot(r, r)
     bound = tol**2 * rr
     for _ in range(max_iter):
-        Ap = product(p) + damping * p
-        step = rr / (p @ Ap)
-        x, r = x + step * p, r - step * Ap
-        rr, previous = r @ r, rr
+        Ap = [h + damping * q for h, q in zip(product(p), p, strict=True)]
+        step = rr / dot(p, Ap)
+        x = [a + step * q for a, q in zip(x, p, strict=True)]
+        r = [a - step * q for a, q in zip(r, Ap, strict=True)]
+        rr, previous = dot(r, r), rr
         if rr <= bound:
             break
-        p = r + (rr / previous) * p
+        p = [a + rr / previous * q for a, q in zip(r, p, strict=True)]
     return x
 
 
@@ -44,13 +53,16 @@ def naive_influence_scores(
     damping: float,
     tol: float,
     max_iter: int = 200,
+    batch_size: int = 64,
 ) -> Tensor:
-    """Phi [N], positive = harmful."""
+    """phi [N], positive = harmful. batch_size is that of the loader which the Hessian goes through."""
     parameters = list(model.parameters())
-    validation_grad = flat_grad(F.cross_entropy(model(val[0]), val[1]), parameters)
-    s = conjugate_gradients(lambda v: hessian_vector_product(model, batch, v), validation_grad, damping, tol, max_iter)
+    validation_grad = torch.autograd.grad(F.cross_entropy(model(val[0]), val[1]), parameters)
+    s = conjugate_gradients(
+        lambda v: hessian_vector_product(model, batch, v, batch_size), list(validation_grad), damping, tol, max_iter
+    )
     scores = []
     for x, y in zip(*batch, strict=True):
-        sample_grad = flat_grad(F.cross_entropy(model(x[None]), y[None]), parameters)
-        scores.append(-(s @ sample_grad))
+        loss = F.cross_entropy(model(x[None]), y[None])
+        scores.append(-dot(list(torch.autograd.grad(loss, parameters)), s))
     return torch.stack(scores)

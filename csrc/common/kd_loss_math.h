@@ -6,11 +6,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define KDAIF_SHARED __host__ __device__ __forceinline__
-#else
-#define KDAIF_SHARED static inline __attribute__((always_inline))
-#endif
+#include "common/shared.h"
 
 namespace kdaif {
 

@@ -15,9 +15,6 @@
 namespace kdaif::KDAIF_LEVEL {
 namespace {
 
-template <class T> struct Accumulate { using type = float; };
-template <> struct Accumulate<double> { using type = double; };
-
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 // One thread's working memory: `count` rows of `classes` elements, each starting on a cache line.

@@ -1,0 +1,45 @@
+"""What all benchmarks share: thread counts, and the table of ratios, which is what to read on a noisy machine."""
+
+import pytest
+import torch
+
+OURS = "kdaif_fast"
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def measure(benchmark, threads):
+    """measure(group, name, function): one row of a group; rows of a group do the same work."""
+
+    def run(group, name, function):
+        benchmark.group = f"{group}, {threads} thread{'s' if threads > 1 else ''}"
+        benchmark.extra_info.update(name=name, threads=threads, torch=torch.__version__)
+        benchmark(function)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    groups = {}
+    for bench in getattr(session, "benchmarks", []):
+        groups.setdefault(bench.group, {})[bench.extra_info["name"]] = bench.stats.median
+    if not groups:
+        return
+    say = terminalreporter.write_line
+    say("")
+    say(f"medians of one run; torch {torch.__version__}; the ratio is to {OURS}")
+    say("")
+    say("| work | implementation | median, ms | times slower |")
+    say("|---|---|---:|---:|")
+    for group, medians in sorted(groups.items()):
+        for name, median in medians.items():
+            ratio = f"{median / medians[OURS]:.1f}" if OURS in medians else ""
+            say(f"| {group} | {name} | {1e3 * median:.3g} | {ratio} |")

@@ -16,7 +16,7 @@ def threads(request):
 
 @pytest.fixture
 def measure(benchmark, threads):
-    """measure(group, name, function): one row of a group; rows of a group do the same work."""
+    """Times one row of a group: `measure(group, name, function)`. The rows of a group do the same work."""
 
     def run(group, name, function):
         benchmark.group = f"{group}, {threads} thread{'s' if threads > 1 else ''}"

@@ -6,7 +6,7 @@ from .operator import CurvatureOperator
 
 
 class Identity(CurvatureOperator):
-    """The identity matrix. Cheap, and a poor stand-in for curvature: see docs/method.md, section 4.
+    """The identity matrix. Nearly free, and another quantity: see docs/method.md, section 4.
 
     Example:
         >>> import torch

@@ -90,7 +90,7 @@ class CMakeBuild(build_ext):
         folder = HERE / "build" / f"cmake-{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
         # A cache written by another installation of CMake or torch (isolated builds have theirs in a temporary
         # folder) must not be continued.
-        origin = f"{tool('cmake')}\n{tool('ninja')}\n{self.torch.root}\n{find_cxx()}\n"
+        origin = f"{tool('cmake')}\n{tool('ninja')}\n{self.torch.root}\n{os.environ.get('CXX') or find_cxx()}\n"
         marker = folder / "origin.txt"
         if folder.exists() and (not marker.exists() or marker.read_text() != origin):
             shutil.rmtree(folder)
@@ -100,7 +100,6 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": self.output,
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
-            "CMAKE_CXX_COMPILER": find_cxx(),
             "Python_EXECUTABLE": sys.executable,
             "TORCH_ROOT": self.torch.root,
             "TORCH_BUILD_VERSION": self.torch.version,
@@ -111,7 +110,9 @@ class CMakeBuild(build_ext):
         if cuda:
             settings["CMAKE_CUDA_COMPILER"] = find_nvcc()
             settings["CMAKE_CUDA_ARCHITECTURES"] = os.environ.get("KDAIF_CUDA_ARCHS", "80;90")
-        if shutil.which("ccache"):
+        if "CXX" not in os.environ:
+            settings["CMAKE_CXX_COMPILER"] = find_cxx()
+        if shutil.which("ccache") and "ccache" not in os.environ.get("CXX", ""):
             settings["CMAKE_CXX_COMPILER_LAUNCHER"] = settings["CMAKE_CUDA_COMPILER_LAUNCHER"] = "ccache"
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         steps = [

@@ -53,7 +53,7 @@ def find_torch() -> Torch | None:
 
 
 def find_cxx() -> str | None:
-    """Path of the C++ compiler: $CXX if set, else the first usual name on the PATH."""
+    """Path of the C++ compiler: $CXX if set (CMake reads it, with its flags), else the first usual name on the PATH."""
     wanted = os.environ.get("CXX")
     if wanted:
         return shutil.which(wanted.split()[0])

@@ -2,11 +2,13 @@
 
 from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
+from ._model import DistillationLoss
 from .influence import influence_scores, influence_weights, sigmoid_weights
 from .solvers import ConvergenceWarning
 
 __all__ = [
     "ConvergenceWarning",
+    "DistillationLoss",
     "MissingKernelsWarning",
     "backend",
     "backends",

@@ -12,7 +12,9 @@ a transform or a compiler, since rules that torch ignores give zeros, not errors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +62,18 @@ def constant_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
     """torch.compiler.assume_constant_result, without its import of the compiler (most of a second)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Suspend fake tensors, tracing and whatever other modes a caller has set up around us."""
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:  # a torch that has moved it
+        yield
+        return
+    with _disable_current_modes():
+        yield
 
 
 def directional_derivative(function: Callable[[Tensor], Tensor], primal: Tensor, tangent: Tensor) -> Tensor:
@@ -171,11 +185,19 @@ def _is_plain_backward(args: Sequence[Any]) -> bool:
 def _scale_rows(factors: Tensor, rows: Tensor) -> Tensor | None:
     """factors[i] * rows[i], without a pass over the rows if every factor is the same 1 (a sum or mean of losses).
 
-    None where scaling would round a second time (bfloat16, float16): the caller then recomputes.
+    None where scaling would round a second time (bfloat16, float16, unless by a power of two, as loss scalers do): the
+    caller then recomputes.
     """
-    if factors.stride(0) == 0 and factors.shape[0] and factors[0].item() == 1:
-        return rows
-    return factors[:, None] * rows if factors.dtype == rows.dtype else None
+    exact = factors.dtype == rows.dtype
+    if factors.stride(0) == 0 and factors.shape[0]:
+        try:
+            factor = factors[0].item()
+        except RuntimeError:  # a batch of gradients under autograd's own vmap, which has no single value
+            factor = math.nan
+        if factor == 1:
+            return rows
+        exact |= math.frexp(factor)[0] == 0.5
+    return (factors[:, None] * rows).to(rows.dtype) if exact else None
 
 
 def _fold_into_rows(op: Any, row_inputs: Sequence[bool]) -> Callable[..., tuple[Tensor, int]]:
@@ -186,9 +208,10 @@ def _fold_into_rows(op: Any, row_inputs: Sequence[bool]) -> Callable[..., tuple[
         for argument, dim, has_rows in zip(args, in_dims, row_inputs, strict=True):
             if has_rows:
                 batched = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-                argument = batched.reshape(-1, *batched.shape[2:])
+                rows = batched.shape[1]
+                argument = batched.reshape(info.batch_size * rows, *batched.shape[2:])
             folded.append(argument)
         output = op(*folded)
-        return output.reshape(info.batch_size, output.shape[0] // info.batch_size, *output.shape[1:]), 0
+        return output.reshape(info.batch_size, rows, *output.shape[1:]), 0
 
     return rule

@@ -17,6 +17,7 @@ NAMESPACE = "kdaif_fast"
 HERE = Path(__file__).parent
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+CPU_LEVELS = ("baseline", "avx2", "avx512")
 BACKENDS = ("reference", "cpu", "cuda")
 _references: dict[Any, Callable[..., Any]] = {}
 
@@ -29,7 +30,13 @@ def build_report() -> dict[str, str]:
     """What the installation built: "built", or the reason why not, for "cpu" and "cuda"."""
     report = HERE / "_build_report.json"
     if not report.exists():
-        return dict.fromkeys(("cpu", "cuda"), "the package was not installed by pip (no build report)")
+        reason = "the package was not installed by pip"
+        if (HERE.parent / "setup.py").exists():
+            reason = (
+                f"Python imports the source tree {HERE.parent}, not an installed package: start it from another "
+                "folder, or `pip install -e .`"
+            )
+        return dict.fromkeys(("cpu", "cuda"), reason)
     return dict(json.loads(report.read_text()))
 
 
@@ -39,7 +46,8 @@ def _load(backend: str) -> str:
     if os.environ.get("KDAIF_NATIVE", "1") == "0":
         return "switched off (KDAIF_NATIVE=0)"
     if not path.exists():
-        return f"not built: {build_report()[backend]}"
+        reason = build_report()[backend]
+        return f"not built: {reason}" if reason != "built" else f"missing: it was built, but {path.name} is gone"
     if backend == "cuda" and torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
     try:
@@ -50,6 +58,9 @@ def _load(backend: str) -> str:
 
 
 def _load_all() -> dict[str, str]:
+    level = os.environ.get("KDAIF_CPU_LEVEL", CPU_LEVELS[-1])
+    if level not in CPU_LEVELS:
+        raise ValueError(f"KDAIF_CPU_LEVEL is {level!r}, expected one of {', '.join(CPU_LEVELS)}")
     states = {backend: _load(backend) for backend in ("cpu", "cuda")}
     if states["cpu"] != "loaded" and os.environ.get("KDAIF_NATIVE", "1") != "0":
         warnings.warn(

@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .ops import kd_loss
 
 Loss = Callable[..., Tensor]
 """loss(outputs, targets), or loss(outputs, targets, teacher_logits) for a batch that has them -> [N], one a sample."""
+
+Params = Iterable["str | Tensor | nn.Module"]
+"""Which parameters: names of parameters or submodules, parameters, or submodules."""
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """The loss of each sample, as the calls of this library want it: cross-entropy, or kd_loss with a teacher.
+
+    Args:
+        temperature: T of kd_loss.
+        alpha: weight of the cross-entropy part, where there is a teacher.
+
+    Example:
+        >>> import torch
+        >>> loss = DistillationLoss(temperature=2.0)
+        >>> outputs, targets = torch.zeros(3, 2), torch.tensor([0, 1, 0])
+        >>> loss(outputs, targets)
+        tensor([0.6931, 0.6931, 0.6931])
+        >>> loss(outputs, targets, torch.ones(3, 2))
+        tensor([0.3466, 0.3466, 0.3466])
+    """
+
+    temperature: float = 1.0
+    alpha: float = 0.5
+
+    def __call__(self, outputs: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+        """[N], for outputs [N, V], int64 targets [N] and teacher logits [N, V] or none."""
+        if teacher_logits is None:
+            return kd_loss(outputs, outputs.detach(), targets, alpha=1.0)  # cross-entropy: the teacher is not read
+        return kd_loss(outputs, teacher_logits, targets, temperature=self.temperature, alpha=self.alpha)
 
 
 class Batch(NamedTuple):
@@ -26,68 +59,91 @@ class Batch(NamedTuple):
 
 def unpack_batch(batch: Any, name: str) -> Batch:
     """Read (inputs, targets), (inputs, targets, teacher_logits), or a mapping with those keys."""
+    form = "(inputs, targets[, teacher_logits]) or a mapping with those keys"
     if isinstance(batch, Mapping):
-        missing, unknown = {"inputs", "targets"} - set(batch), set(batch) - set(Batch._fields)
-        if missing or unknown:
+        if {"inputs", "targets"} - set(batch) or set(batch) - set(Batch._fields):
+            keys = sorted(map(str, batch))
             raise ValueError(
-                f"{name} has the keys {sorted(map(str, batch))}, expected inputs, targets and maybe teacher_logits"
+                f"{name} has the keys {keys}, expected inputs, targets and maybe teacher_logits; arguments "
+                "of the model by keyword go into inputs: ({'input_ids': ...}, labels)"
             )
-        return Batch(**batch)
-    if isinstance(batch, (tuple, list)):
+        samples = Batch(**batch)
+    elif isinstance(batch, (tuple, list)):
         if len(batch) not in (2, 3):
-            raise ValueError(f"{name} has {len(batch)} parts, expected (inputs, targets[, teacher_logits])")
-        return Batch(*batch)
-    raise TypeError(
-        f"{name} is a {type(batch).__name__}, expected a tuple (inputs, targets[, teacher_logits]) or a mapping"
-    )
+            raise ValueError(f"{name} has {len(batch)} parts, expected {form}")
+        samples = Batch(*batch)
+    else:
+        advice = "; of a DataLoader give one batch, or all of them concatenated" if hasattr(batch, "__iter__") else ""
+        raise TypeError(f"{name} is a {type(batch).__name__}, expected {form}{advice}")
+    for part, value in zip(Batch._fields, samples, strict=True):
+        for leaf in tree_leaves(value):
+            if type(leaf).__module__ == "numpy":
+                raise TypeError(
+                    f"{name}: {part} has a {type(leaf).__name__} of NumPy, expected tensors (torch.as_tensor)"
+                )
+    # Tensors made in inference mode cannot take part in derivatives; copies of them can.
+    return Batch(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, tuple(samples)))
 
 
-def select_parameters(model: nn.Module, params: Iterable[str | Tensor] | None) -> dict[str, Tensor]:
-    """The parameters that influence is taken over: all that require grad, or those asked for, by name or by themselves.
+def plain_model(model: Any) -> nn.Module:
+    """The module itself, without torch.compile around it: compiled graphs have no second derivatives."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    return model
 
-    A name may also be that of a submodule, for all of its parameters.
-    """
+
+def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Module | None) -> dict[str, Tensor]:
+    """The parameters that influence is taken over: all that require grad, or those asked for."""
     trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if params is None:
         if not trainable:
             raise ValueError("model has no parameter that requires grad")
         return trainable
-    if isinstance(params, str):
-        params = [params]
-    chosen: dict[str, Tensor] = {}
-    for wanted in params:
-        if isinstance(wanted, Tensor):
-            found = {name: p for name, p in trainable.items() if p is wanted}
-            label = f"a tensor of shape {tuple(wanted.shape)}"
-        else:
-            found = {name: p for name, p in trainable.items() if name == wanted or name.startswith(f"{wanted}.")}
-            label = repr(wanted)
-        if not found:
-            raise ValueError(f"params contains {label}, which is no parameter of the model that requires grad")
-        chosen.update(found)
-    if not chosen:
+    wanted = [params] if isinstance(params, (str, Tensor, nn.Module)) else list(params)
+    if not wanted:
         raise ValueError("params is empty: name at least one parameter")
-    return {name: p for name, p in trainable.items() if name in chosen}
+    every_name = dict(model.named_parameters(remove_duplicate=False))  # tied parameters have several
+    chosen: set[int] = set()
+    for item in wanted:
+        if isinstance(item, Tensor):
+            found, label = [item], f"a tensor of shape {tuple(item.shape)}"
+        elif isinstance(item, nn.Module):
+            found, label = list(item.parameters()), f"a module {type(item).__name__}"
+        elif isinstance(item, str):
+            found = [p for name, p in every_name.items() if name == item or name.startswith(f"{item}.")]
+            label = repr(item)
+        else:
+            raise TypeError(f"params contains a {type(item).__name__}, expected names, parameters or modules")
+        ids = {id(p) for p in found} & {id(p) for p in trainable.values()}
+        if not ids:
+            raise ValueError(f"params contains {label}, which is no parameter of the model that requires grad")
+        chosen |= ids
+    return {name: p for name, p in trainable.items() if id(p) in chosen}
 
 
 def require_independent_samples(model: nn.Module) -> None:
     """Raise ValueError if a layer mixes the samples of a batch or draws at random: influence has no meaning then."""
     for name, module in model.named_modules():
-        if not module.training:
-            continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) is in training mode, where each output depends on the "
-                "whole batch, so that no sample has a loss of its own. Call model.eval() first (statistics as "
-                "learned so far), or use GroupNorm or LayerNorm"
-            )
-        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+            if module.training:
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) is in training mode, where each output depends on the "
+                    "whole batch, so that no sample has a loss of its own. Call model.eval() first (statistics as "
+                    "learned so far), or use GroupNorm or LayerNorm"
+                )
+            if module.running_mean is None:
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) has no running statistics and normalises by those of "
+                    "the batch, so that no sample has a loss of its own. Use GroupNorm or LayerNorm"
+                )
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         inner = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-        if random or inner:
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) drops units at random, so that every product of the solve "
-                "would see another network. Call model.eval() first"
-            )
+        if module.training and (drops or inner):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) drops units at random. {_RANDOM}")
+
+
+_RANDOM = "The scores would be those of one random part of the network. Call model.eval() first"
 
 
 @contextlib.contextmanager
@@ -100,51 +156,75 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
             # Not mkldnn.flags(enabled=False), which warns about settings that it touches on the way.
             stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
-def run_model(model: nn.Module, inputs: Any) -> Tensor:
-    """The model's outputs: the tensor it returns, or the `logits` of what it returns (Hugging Face models)."""
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    outputs = getattr(outputs, "logits", outputs)
+def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
+    """The model's outputs: the tensor it returns, or the `logits` of what it returns (Hugging Face models).
+
+    Buffers are left as they are: layers that update theirs in training mode update copies.
+    """
+    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    positional = (
+        () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    )
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()} if model.training else {}
+    random_state = torch.get_rng_state()
+    try:
+        if buffers:
+            outputs = torch.func.functional_call(model, buffers, positional, keywords)
+        else:
+            outputs = model(*positional, **keywords)
+    except (RuntimeError, TypeError) as error:
+        if type(error) not in (RuntimeError, TypeError):
+            raise
+        raise type(error)(f"the model failed on the inputs of {name}: {error}") from error
+    if not torch.equal(torch.get_rng_state(), random_state):
+        torch.set_rng_state(random_state)
+        raise ValueError(f"the model draws random numbers on {name}. {_RANDOM}")
+    outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"model returned a {type(outputs).__name__}, expected a tensor or an object with .logits")
+        raise TypeError(f"the model returned a {type(outputs).__name__}, expected a tensor or something with logits")
     return outputs
 
 
 def sample_losses(loss: Loss | None, outputs: Tensor, batch: Batch, name: str) -> Tensor:
     """The loss of each sample, [N]: the user's loss, or cross-entropy, or kd_loss if there are teacher logits."""
-    if loss is None:
-        return _default_loss(outputs, batch, name)
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}, expected a function (outputs, targets) -> [N]")
+    if loss is None or isinstance(loss, DistillationLoss):
+        _require_classification(outputs, batch.targets, name)
     extra = () if batch.teacher_logits is None else (batch.teacher_logits,)
-    losses = loss(outputs, batch.targets, *extra)
+    try:
+        losses = (loss or DistillationLoss())(outputs, batch.targets, *extra)
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):
+            raise
+        raise type(error)(f"the loss failed on {name}: {error}") from error
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
             f"loss returned {shape} for {name}, expected ({outputs.shape[0]},): one loss per sample (reduction='none')"
         )
+    if outputs.requires_grad and not losses.requires_grad:
+        raise ValueError(f"loss returned losses for {name} that do not depend on the outputs")
     return losses
 
 
-def _default_loss(outputs: Tensor, batch: Batch, name: str) -> Tensor:
-    targets = batch.targets
-    is_classification = (
-        outputs.dim() == 2
-        and isinstance(targets, Tensor)
-        and targets.dtype == torch.int64
-        and targets.shape == outputs.shape[:1]
+def _require_classification(outputs: Tensor, targets: Any, name: str) -> None:
+    if isinstance(targets, Tensor) and outputs.dim() == 2:
+        if targets.shape == outputs.shape[:1] and targets.dtype == torch.int64:
+            return
+        if targets.shape == outputs.shape[:1] and not targets.is_floating_point():
+            raise ValueError(
+                f"{name}: the targets are {targets.dtype}, expected class indices in int64 (targets.long())"
+            )
+        if targets.dim() == 1 and len(targets) != len(outputs):
+            raise ValueError(f"{name}: {len(targets)} targets for {len(outputs)} samples")
+    form = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+    raise ValueError(
+        f"{name}: the default loss needs outputs [N, V] and int64 targets [N], but the outputs are "
+        f"{tuple(outputs.shape)} and the targets {form}. Give loss=, a function (outputs, targets) -> [N]"
     )
-    if not is_classification:
-        form = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(
-            f"{name}: the default loss needs outputs [N, V] and int64 targets [N], but the outputs are "
-            f"{tuple(outputs.shape)} and the targets {form}. Give loss=, a function (outputs, targets) -> [N]"
-        )
-    if batch.teacher_logits is None:
-        return kd_loss(outputs, outputs.detach(), targets, alpha=1.0)  # cross-entropy: the teacher is not read
-    return kd_loss(outputs, batch.teacher_logits, targets)

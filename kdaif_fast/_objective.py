@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ._model import (
     Loss,
+    Params,
+    plain_model,
     require_independent_samples,
     run_model,
     sample_losses,
@@ -20,6 +22,10 @@ from ._model import (
 )
 from ._tree import flatten, unflatten, wide_dtype
 
+# By how much v . J^T J v and |J v|^2 may differ, relative to their size. Far above what rounding does (TF32 included),
+# far below what a missing derivative does.
+ADJOINT_TOLERANCE = 0.05
+
 
 class Objective:
     """A model's per-sample losses on one batch, with their derivatives in the chosen parameters.
@@ -27,7 +33,7 @@ class Objective:
     The model runs once. Everything else walks the graph of that run, which is kept as long as this object: the
     activations of the forward pass, and of the backward pass too once `push` is used.
 
-    Nothing of the model is changed: not its parameters, their `.grad`, nor its mode.
+    Nothing of the model is changed: not its parameters, their `.grad`, its buffers nor its mode.
     """
 
     def __init__(
@@ -35,23 +41,28 @@ class Objective:
         model: nn.Module,
         batch: Any,
         loss: Loss | None = None,
-        params: Iterable[str | Tensor] | None = None,
+        params: Params | None = None,
         name: str = "batch",
     ) -> None:
+        model = plain_model(model)
         require_independent_samples(model)
         self.parameters = select_parameters(model, params)
         self._tensors = list(self.parameters.values())
-        self._loss, self._batch, self._name = loss, unpack_batch(batch, name), name
-        with torch.enable_grad(), twice_differentiable(model):
-            self.outputs = run_model(model, self._batch.inputs)
+        self._loss, self._name = loss, name
+        with torch.inference_mode(False), torch.enable_grad(), twice_differentiable(model):
+            self._batch = unpack_batch(batch, name)
+            self.outputs = run_model(model, self._batch.inputs, name)
             if not self.outputs.requires_grad:
-                raise ValueError(f"the model's outputs on {name} do not depend on the chosen parameters")
+                raise ValueError(self._independent())
             # A cut between model and loss: the loss is differentiated by itself, in outputs instead of parameters.
             self._cut = self.outputs.detach().requires_grad_()
             self.losses = sample_losses(loss, self._cut, self._batch, name)
             if self.losses.shape[0] == 0:
                 raise ValueError(f"{name} has no samples")
             (self._output_grads,) = torch.autograd.grad(self.losses.sum(), self._cut, create_graph=True)
+
+    def _independent(self) -> str:
+        return f"the model's outputs on {self._name} do not depend on the chosen parameters"
 
     @property
     def samples(self) -> int:
@@ -63,16 +74,24 @@ class Objective:
         """Gradient of each sample's loss with respect to its own outputs, shaped like the outputs."""
         return self._output_grads.detach()
 
+    def require_finite(self) -> None:
+        """Raise ValueError at the first sample whose loss, or its gradient, is not finite. Looks at the values."""
+        finite = self.losses.isfinite() & self.output_grads.reshape(self.samples, -1).isfinite().all(1)
+        if not finite.all():
+            index = int((~finite).nonzero()[0])
+            value = self.losses[index].item()
+            raise ValueError(f"{self._name}: sample {index} has the loss {value}, or a gradient that is not finite")
+
     def gradient(self) -> Tensor:
         """Gradient of the mean loss: [P]."""
         return self.pull(self.output_grads / self.samples)
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """J^T u: a direction in outputs, [N, ...], taken back to the parameters, [P]."""
-        pieces = torch.autograd.grad(
-            self.outputs, self._tensors, cotangent, retain_graph=True, materialize_grads=True, allow_unused=True
-        )
-        return flatten(pieces)
+        pieces = torch.autograd.grad(self.outputs, self._tensors, cotangent, retain_graph=True, allow_unused=True)
+        if all(piece is None for piece in pieces):
+            raise ValueError(self._independent())
+        return flatten([torch.zeros_like(p) if g is None else g for g, p in zip(pieces, self._tensors, strict=True)])
 
     def push(self, direction: Tensor) -> Tensor:
         """J v: how the outputs change along a direction in the parameters, [P] -> [N, ...].
@@ -81,17 +100,42 @@ class Objective:
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
         pass, in Python.
         """
+        tangent = self._push(direction)
+        if not self._adjoint_checked:
+            self._check_adjoint(direction, tangent)
+            self._adjoint_checked = True
+        return tangent
+
+    _adjoint_checked = False
+
+    def _push(self, direction: Tensor) -> Tensor:
         dummy, (pulled, used) = self._transposed
+        if not used:
+            raise ValueError(self._independent())
         pieces = unflatten(direction, self._tensors)
         (tangent,) = torch.autograd.grad(pulled, dummy, [pieces[i] for i in used], retain_graph=True)
         return tangent
 
+    def _check_adjoint(self, direction: Tensor, tangent: Tensor) -> None:
+        """Raise RuntimeError if J v is not the transpose of J^T u.
+
+        A layer whose backward pass is not itself differentiable (a custom autograd.Function, say) says nothing: its
+        part of J v would just be missing.
+        """
+        squared = tangent.double().square().sum()
+        error = (self.pull(tangent).double() @ direction.double() - squared).abs()
+        if squared.isfinite() and error > ADJOINT_TOLERANCE * squared:
+            raise RuntimeError(
+                f"the model's derivatives on {self._name} contradict each other: a layer's backward pass is not "
+                "differentiable itself. Look for custom autograd.Functions (once_differentiable, torch.no_grad)"
+            )
+
     @cached_property
     def _transposed(self) -> tuple[Tensor, tuple[list[Tensor], list[int]]]:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             dummy = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, self._tensors, dummy, create_graph=True, allow_unused=True)
-        return dummy, _differentiable(pulled)
+            return dummy, _differentiable(pulled)
 
     def loss_hessian(self, tangent: Tensor) -> Tensor:
         """Every sample's Hessian of the loss in the outputs, times its tangent: [N, ...] -> [N, ...]."""
@@ -115,14 +159,14 @@ class Objective:
 
     @cached_property
     def _parameter_grads(self) -> tuple[list[Tensor], list[int]]:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             mean_loss = sample_losses(self._loss, self.outputs, self._batch, self._name).mean()
             return _differentiable(torch.autograd.grad(mean_loss, self._tensors, create_graph=True, allow_unused=True))
 
     def dots(self, direction: Tensor) -> Tensor:
         """<grad l_i, v> for every sample, [P] -> [N]: the losses' change along the direction."""
         products = self.output_grads * self.push(direction)
-        return products.flatten(1).sum(1, dtype=wide_dtype(products.dtype))
+        return products.reshape(self.samples, -1).sum(1, dtype=wide_dtype(products.dtype))
 
 
 def _differentiable(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:

@@ -15,7 +15,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All elements in one vector [P], in float32 at least."""
-    return torch.cat([tensor.reshape(-1).to(wide_dtype(tensor.dtype)) for tensor in tensors])
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
+    return torch.cat([tensor.reshape(-1).to(wide_dtype(tensor.dtype)) for tensor in dense])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=8, show_default=True, help="Repetitions.")
 @click.option(
-    "--flip", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True, help="Wrong labels."
+    "--flip", type=click.FloatRange(0, 0.9), default=0.2, show_default=True, help="Share of training labels made wrong."
 )
 @click.option("--quiet", is_flag=True, help="No progress bar (there is none anyway where output is no terminal).")
 def demo(out: Path, seeds: int, flip: float, quiet: bool) -> None:
@@ -29,7 +29,7 @@ def demo(out: Path, seeds: int, flip: float, quiet: bool) -> None:
     try:
         run_demo(out, seeds, flip, progress=False if quiet else None, say=click.echo)
     except ImportError as error:
-        raise click.ClickException(f"{error} (pip install 'kdaif-fast[demo]')") from error
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()
@@ -38,3 +38,7 @@ def info() -> None:
     from .info import format_info
 
     click.echo(format_info())
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ def info() -> dict[str, str]:
     """
     facts = {
         "kdaif_fast": __version__,
+        "imported from": str(_library.HERE),
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "platform": f"{platform.system()} {platform.machine()}",

@@ -79,7 +79,7 @@ def test_compilers(tools, monkeypatch, tmp_path):
         os.chmod(tmp_path / name, 0o755)
     assert environment.find_cxx() == str(tmp_path / "g++")
     assert environment.find_nvcc() == str(tmp_path / "nvcc")
-    monkeypatch.setenv("CXX", "my-cxx -m64")
+    monkeypatch.setenv("CXX", "my-cxx -m64")  # the flags are CMake's to read
     assert environment.find_cxx() == str(tmp_path / "my-cxx")
     monkeypatch.setenv("CXX", "missing")
     assert environment.find_cxx() is None

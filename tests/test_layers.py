@@ -20,10 +20,10 @@ BELOW = {
     "curvature": {"_objective", "_model", "_tree"},
     "per_sample": {"_objective", "_model", "_tree"},
     "influence": {"solvers", "curvature", "per_sample", "_objective", "_model"},
-    "demo": {"influence", "ops"},
+    "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"demo", "info", "__init__"},
-    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library"},
+    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model"},
 }
 OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy"}
 

@@ -51,6 +51,44 @@ def test_every_instruction_set_gives_the_same(level):
     assert chosen == (order.index(level) <= order.index(best))
 
 
+@needs_kernels
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lesser_instruction_sets_pass_the_kernel_tests(level):
+    """Every dtype, shape and option, as for the best one."""
+    if torch.ops.kdaif_fast.cpu_level() == level:
+        pytest.skip("this is the best one here")
+    tests = Path(__file__).parent / "ops/test_kd_loss.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "TestKernel", "-p", "no:cacheprovider", str(tests)],
+        env={**os.environ, "KDAIF_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tests.parents[2],
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_unknown_level_is_refused():
+    code = "import kdaif_fast"
+    environment = {**os.environ, "KDAIF_CPU_LEVEL": "sse9"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "KDAIF_CPU_LEVEL is 'sse9', expected one of baseline, avx2, avx512" in result.stderr
+
+
+def test_a_library_that_was_built_and_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "HERE", tmp_path)
+    monkeypatch.delenv("KDAIF_NATIVE", raising=False)
+    (tmp_path / "_build_report.json").write_text('{"cpu": "built", "cuda": "built"}')
+    assert _library._load("cpu") == "missing: it was built, but _kernels_cpu.so is gone"
+
+
+def test_a_source_tree_that_shadows_the_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "HERE", tmp_path / "kdaif_fast")
+    (tmp_path / "setup.py").write_text("")
+    assert f"imports the source tree {tmp_path}, not an installed package" in _library.build_report()["cpu"]
+
+
 def test_kernels_can_be_switched_off_without_a_warning():
     result = python(USE + "print(kdaif_fast.backends()['cpu'])", KDAIF_NATIVE="0", PYTHONWARNINGS="error")
     assert "switched off (KDAIF_NATIVE=0)" in result.stdout
@@ -180,4 +218,5 @@ for _ in range(60): kdaif_fast.ops.kd_loss(s, t, y)
 print(sum(b - start.get(a, 0) > 2 for a, b in ticks().items()))
 """
         assert numbers(python(code.format(n=1))) == [1]
-        assert numbers(python(code.format(n=2))) == [2]
+        if len(os.sched_getaffinity(0)) > 1:
+            assert numbers(python(code.format(n=2)))[0] >= 2

@@ -4,6 +4,9 @@ The silent failure here is a derivative that comes out as zero, so every compari
 """
 
 import importlib
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -186,6 +189,54 @@ def test_dtypes_under_transforms(dtype):
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-2, atol=2e-3)
     tangent = jvp(loss, (s,), (torch.ones_like(s) * STUDENT.to(dtype),))[1]
     assert tangent.dtype == torch.float32
+
+
+def test_no_rows_and_empty_batches():
+    empty = torch.zeros(0, V, dtype=torch.float64)
+    labels = torch.zeros(0, dtype=torch.int64)
+    assert jacrev(lambda s: ops.kd_loss(s, s.detach(), labels))(empty).shape == (0, 0, V)
+    assert vmap(lambda s: ops.kd_loss(s, TEACHER, LABELS))(torch.zeros(2, N, V, dtype=torch.float64)).shape == (2, N)
+    assert vmap(lambda s: ops.kd_loss(s, empty, labels))(torch.zeros(2, 0, V, dtype=torch.float64)).shape == (2, 0)
+
+
+COLD_STARTS = {
+    "export": """
+        class M(torch.nn.Module):
+            def forward(self, s, t, y):
+                return kdaif_fast.ops.kd_loss(s, t, y, temperature=2.0).sum()
+        torch.export.export(M(), (torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])))
+    """,
+    "fake tensors": """
+        with torch._subclasses.FakeTensorMode():
+            s = torch.randn(3, 4)
+            torch.func.jvp(lambda s: kdaif_fast.ops.kd_loss(s, s, torch.tensor([0, 1, 2])).sum(), (s,), (s,))
+    """,
+    "default device": """
+        with torch.device("meta"):
+            s = torch.randn(3, 4)
+            torch.func.grad(lambda s: kdaif_fast.ops.kd_loss(s, s, torch.zeros(3, dtype=torch.int64)).sum())(s)
+    """,
+    "default dtype": """
+        torch.set_default_dtype(torch.bfloat16)
+        s = torch.randn(3, 4)
+        torch.func.grad(lambda s: kdaif_fast.ops.kd_loss(s, s, torch.tensor([0, 1, 2])).sum())(s)
+    """,
+    "compile": """
+        s = torch.randn(3, 4, requires_grad=True)
+        f = torch.compile(lambda s: kdaif_fast.ops.kd_loss(s, s.detach(), torch.tensor([0, 1, 2])).sum(),
+                          fullgraph=True, backend="aot_eager")
+        f(s).backward()
+    """,
+}
+
+
+@pytest.mark.parametrize("case", COLD_STARTS)
+def test_first_call_of_a_process(case):
+    """The trial of the rules happens in whatever state the first caller is in; it must not be misled by that."""
+    code = "import torch, kdaif_fast, importlib\n" + textwrap.dedent(COLD_STARTS[case])
+    code += "\nassert importlib.import_module('kdaif_fast.ops.kd_loss').rules_work()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 class TestWithoutRules:

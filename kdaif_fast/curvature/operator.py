@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._model import Loss
+from .._model import Loss, Params
 from .._objective import Objective
 from .._tree import as_dict, as_vector, wide_dtype
 
@@ -23,7 +23,7 @@ class CurvatureOperator(ABC):
         model: any module whose samples are independent (eval mode for BatchNorm and Dropout).
         batch: (inputs, targets[, teacher_logits]) or a mapping with those keys; or an `Objective` already made.
         loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
-        params: names (of parameters or submodules) or parameters; default all that require grad.
+        params: names (of parameters or submodules), parameters or submodules; default all that require grad.
 
     Memory: the graph of one forward and one backward pass over the batch, kept as long as the operator.
     """
@@ -34,7 +34,7 @@ class CurvatureOperator(ABC):
         batch: Any,
         *,
         loss: Loss | None = None,
-        params: Iterable[str | Tensor] | None = None,
+        params: Params | None = None,
     ) -> None:
         if isinstance(batch, Objective):
             self.objective = batch

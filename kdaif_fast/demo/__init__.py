@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 from . import report
 from .data import load_digits
 from .training import Settings, train
+
+
+def require_packages() -> None:
+    """Raise ImportError before any work is done."""
+    missing = [name for name in ("sklearn", "matplotlib") if not _can_import(name)]
+    if missing:
+        raise ImportError(f"the demo needs {' and '.join(missing)}: pip install scikit-learn matplotlib")
+
+
+def _can_import(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def run_demo(
@@ -23,7 +39,7 @@ def run_demo(
     Args:
         out: folder for the results; made if it is not there.
         seeds: how many times to repeat, with another split, other flips and other parameters.
-        flip: share of training labels to make wrong, in [0, 1).
+        flip: share of training labels to make wrong, from 0 to 0.9.
         settings: of the training.
         progress: show a progress bar; None shows it on a terminal only.
         say: where the table goes.
@@ -32,15 +48,16 @@ def run_demo(
         The figures of each seed.
 
     Raises:
-        ValueError: seeds below 1 or a flip outside [0, 1).
-        ImportError: scikit-learn or matplotlib are missing (pip install 'kdaif-fast[demo]').
+        ValueError: seeds below 1 or a flip outside [0, 0.9].
+        ImportError: scikit-learn or matplotlib are missing.
     """
     from tqdm import tqdm
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}, expected at least 1")
-    if not 0 <= flip < 1:
-        raise ValueError(f"flip is {flip}, expected a share in [0, 1)")
+    if not 0 <= flip <= 0.9:
+        raise ValueError(f"flip is {flip}, expected a share from 0 to 0.9")
+    require_packages()
     settings = settings or Settings()
     out.mkdir(parents=True, exist_ok=True)
     figures = []

@@ -31,10 +31,8 @@ class Digits(NamedTuple):
 
 def load_digits(flip: float, seed: int) -> Digits:
     """Split the digits at random and give a share `flip` of the training images a wrong label, chosen uniformly."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError("the demo reads scikit-learn's digits: pip install 'kdaif-fast[demo]'") from error
+    from sklearn import datasets
+
     pixels, labels = datasets.load_digits(return_X_y=True)
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))

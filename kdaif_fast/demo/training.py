@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._model import DistillationLoss
 from ..influence import influence_scores, sigmoid_weights
 from ..ops import kd_loss
 from .data import CLASSES, Digits
@@ -74,7 +75,7 @@ def train(data: Digits, settings: Settings, seed: int, on_epoch: Callable[[], ob
     for epoch in range(settings.epochs):
         start = time.perf_counter()
         if epoch >= settings.warm_up:
-            phi = _measure(weighted, teacher, data, loss, settings)
+            phi = _measure(weighted, teacher, data, settings)
             fresh = sigmoid_weights(phi, gamma=settings.gamma)
             weights = fresh if epoch == settings.warm_up else weights.lerp(fresh, 1 - settings.memory)
         middle = time.perf_counter()
@@ -98,23 +99,15 @@ def train(data: Digits, settings: Settings, seed: int, on_epoch: Callable[[], ob
     return Outcome(scores, phi, weights, training_seconds, influence_seconds)
 
 
-def _measure(
-    student: nn.Module, teacher: nn.Module, data: Digits, loss: Callable[..., Tensor], settings: Settings
-) -> Tensor:
+def _measure(student: nn.Module, teacher: nn.Module, data: Digits, settings: Settings) -> Tensor:
     """Influence of every training sample's distillation loss on the student's validation cross-entropy."""
     with torch.no_grad():
         guide = teacher(data.train_x)
-
-    def sample_loss(outputs: Tensor, targets: Tensor, *teacher_logits: Tensor) -> Tensor:
-        if teacher_logits:
-            return loss(outputs, *teacher_logits, targets)
-        return nn.functional.cross_entropy(outputs, targets, reduction="none")
-
     return influence_scores(
         student,
         (data.train_x, data.train_y, guide),
         (data.val_x, data.val_y),
-        loss=sample_loss,
+        loss=DistillationLoss(settings.temperature, settings.alpha),
         damping=settings.damping,
         tol=None,
         max_iter=settings.products,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
-from collections.abc import Iterable
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
-from .._model import Loss
+from .._model import Loss, Params
 from .._objective import Objective
 from ..curvature import CurvatureOperator, GaussNewton, Hessian, Identity
-from ..solvers import ConvergenceWarning, Solution, cg
+from ..solvers import ConvergenceWarning, Solution, cg, check_limits
 
 CURVATURES: dict[str, type[CurvatureOperator]] = {"ggn": GaussNewton, "hessian": Hessian, "identity": Identity}
 SOLVERS = {"cg": cg}
 
 AUTO_DAMPING = 0.1
 """What "auto" damping multiplies the mean eigenvalue of the curvature with."""
+
+AUTO_PROBES = 4
+"""Products that the estimate of it costs."""
+
+LEAST_CURVATURE = 1e-7
+"""What the mean eigenvalue is taken to be at least; about float32's rounding of an eigenvalue of 1."""
 
 
 @overload
@@ -28,7 +34,7 @@ def influence_scores(
     val: Any,
     *,
     loss: Loss | None = ...,
-    params: Iterable[str | Tensor] | None = ...,
+    params: Params | None = ...,
     curvature: str = ...,
     solver: str = ...,
     damping: float | Literal["auto"] = ...,
@@ -43,7 +49,7 @@ def influence_scores(
     val: Any,
     *,
     loss: Loss | None = ...,
-    params: Iterable[str | Tensor] | None = ...,
+    params: Params | None = ...,
     curvature: str = ...,
     solver: str = ...,
     damping: float | Literal["auto"] = ...,
@@ -57,12 +63,12 @@ def influence_scores(
     val: Any,
     *,
     loss: Loss | None = None,
-    params: Iterable[str | Tensor] | None = None,
+    params: Params | None = None,
     curvature: str = "ggn",
     solver: str = "cg",
     damping: float | Literal["auto"] = "auto",
     tol: float | None = 1e-3,
-    max_iter: int = 200,
+    max_iter: int = 500,
     return_solution: bool = False,
 ) -> Tensor | tuple[Tensor, Solution]:
     """Influence phi [N] of every sample of `batch` on the mean loss of `val`; phi > 0 means harmful.
@@ -76,9 +82,12 @@ def influence_scores(
         batch: the training samples: (inputs, targets), (inputs, targets, teacher_logits), or a mapping with those
             keys. `inputs` is one tensor, a tuple of positional or a mapping of keyword arguments of the model.
         val: the validation samples, in the same form.
-        loss: function (outputs, targets[, teacher_logits]) -> [N], one loss a sample. Default cross-entropy, or
-            kd_loss (temperature 1, alpha 0.5) for samples that have teacher logits.
-        params: names (of parameters or submodules) or parameters to take influence over; default all that require grad.
+        loss: function (outputs, targets[, teacher_logits]) -> [N], one loss a sample, with teacher logits for samples
+            that have them. Default `DistillationLoss()`: cross-entropy, or kd_loss (temperature 1, alpha 0.5) with a
+            teacher; `DistillationLoss(temperature, alpha)` is the same with other settings. As `val` is what the
+            student shall become good at, it usually has no teacher logits.
+        params: names (of parameters or submodules), parameters or submodules to take influence over; default all that
+            require grad.
         curvature: C over `batch`: "ggn" (Gauss-Newton, positive semi-definite), "hessian", or "identity" (gradient dot
             products, no solve).
         solver: "cg".
@@ -92,8 +101,10 @@ def influence_scores(
         phi, [N], float32 (float64 for float64 models), in nats; with return_solution, (phi, Solution).
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together; a BatchNorm or Dropout in training mode; a loss that
-            is not per sample. Each names the argument and what was expected.
+        TypeError, ValueError: arguments that do not fit together; a model that mixes samples or draws at random
+            (BatchNorm or Dropout in training mode); a loss that is not per sample; a sample whose loss is not finite.
+            Each names the argument and what was expected.
+        RuntimeError: a layer whose backward pass is not differentiable itself.
 
     Warns:
         ConvergenceWarning: the solve did not reach `tol`, and by how much.
@@ -116,49 +127,76 @@ def influence_scores(
         raise ValueError(f"curvature is {curvature!r}, expected one of {', '.join(map(repr, CURVATURES))}")
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
-    train = Objective(model, batch, loss, params, "batch")
-    validation_grad = Objective(model, val, loss, params, "val").gradient()
-    operator = CURVATURES[curvature](None, train)
-    lam = _damping(operator, damping)
-    if isinstance(operator, Identity):
-        solution = Solution(validation_grad / (1 + lam), 0.0, 0, True, lam, "tolerance")
-    else:
-        solution = SOLVERS[solver](operator.matvec, validation_grad, damping=lam, tol=tol, max_iter=max_iter)
-        _warn_if_not_converged(solution, tol)
-    phi = -train.dots(solution.x)
+    check_limits("influence", 0.0 if damping == "auto" else damping, tol, max_iter)
+    if params is not None and not isinstance(params, (str, Tensor, nn.Module)):
+        params = list(params)  # a generator would be empty the second time
+    with torch.inference_mode(False):
+        train = _finite_objective(model, batch, loss, params, "batch")
+        validation_grad = _finite_objective(model, val, loss, params, "val").gradient()
+        solution = _solve(CURVATURES[curvature](None, train), validation_grad, solver, damping, tol, max_iter)
+        phi = -train.dots(solution.x)
     return (phi, solution) if return_solution else phi
 
 
-def _damping(operator: CurvatureOperator, damping: float | str) -> float:
-    if damping == "auto":
-        if isinstance(operator, Identity):
-            return 0.0
-        mean = operator.mean_eigenvalue()
-        if not 0 < mean < math.inf:
-            raise ValueError(
-                f"damping is 'auto', but the curvature's mean eigenvalue is {mean:.3g}: give damping as a number, or "
-                "use curvature='ggn', which has no negative eigenvalues"
-            )
-        return AUTO_DAMPING * mean
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
-        raise ValueError(f"damping is {damping!r}, expected a finite number >= 0 or 'auto'")
-    return float(damping)
+def _finite_objective(model: nn.Module, batch: Any, loss: Loss | None, params: Params | None, name: str) -> Objective:
+    objective = Objective(model, batch, loss, params, name)
+    objective.require_finite()
+    return objective
 
 
-def _warn_if_not_converged(solution: Solution, tol: float | None) -> None:
+def _solve(
+    operator: CurvatureOperator,
+    validation_grad: Tensor,
+    solver: str,
+    damping: float | Literal["auto"],
+    tol: float | None,
+    max_iter: int,
+) -> Solution:
+    """(C + damping I)^-1 grad L_val."""
+    lam = _auto_damping(operator) if damping == "auto" else float(damping)
+    if isinstance(operator, Identity):
+        return Solution(validation_grad / (1 + lam), 0.0, 0, True, lam, "tolerance")
+    solution = SOLVERS[solver](operator.matvec, validation_grad, damping=lam, tol=tol, max_iter=max_iter)
+    _warn_if_not_converged(operator, solution, tol)
+    return solution
+
+
+def _auto_damping(operator: CurvatureOperator) -> float:
+    if isinstance(operator, Identity):
+        return 0.0
+    mean = operator.mean_eigenvalue(probes=AUTO_PROBES)
+    if isinstance(operator, GaussNewton):
+        # A model that fits its batch perfectly has no curvature left; the solve must still be possible.
+        return AUTO_DAMPING * max(mean, LEAST_CURVATURE)
+    if mean <= 0:
+        raise ValueError(
+            f"damping is 'auto', but the Hessian's mean eigenvalue is {mean:.3g}: give damping as a number, or use "
+            "curvature='ggn', which has no negative eigenvalues"
+        )
+    return AUTO_DAMPING * mean
+
+
+def _warn_if_not_converged(operator: CurvatureOperator, solution: Solution, tol: float | None) -> None:
+    reached = f"after {solution.iterations} products at relative residual {solution.residual:.2g}"
     if solution.reason == "negative curvature":
-        warnings.warn(
-            f"the curvature plus damping {solution.damping:.3g} is indefinite: conjugate gradients stopped after "
-            f"{solution.iterations} products at relative residual {solution.residual:.2g}. Use more damping, or "
-            "curvature='ggn', which is positive semi-definite",
-            ConvergenceWarning,
-            stacklevel=3,
+        message = (
+            f"the curvature plus damping {solution.damping:.3g} is indefinite: conjugate gradients stopped {reached}. "
+            "Use more damping, or curvature='ggn', which is positive semi-definite"
+        )
+    elif solution.reason == "singular":
+        message = (
+            f"the curvature plus damping {solution.damping:.3g} is singular: conjugate gradients stopped {reached}. "
+            "Use more damping, or damping='auto'"
         )
     elif tol is not None and not solution.converged:
-        warnings.warn(
-            f"conjugate gradients reached relative residual {solution.residual:.2g} after {solution.iterations} "
-            f"products, not tol={tol:g}. Raise max_iter or damping (now {solution.damping:.3g}), or pass tol=None to "
-            "accept a fixed number of products",
-            ConvergenceWarning,
-            stacklevel=3,
+        message = (
+            f"conjugate gradients stopped {reached}, above tol={tol:g}. Raise max_iter or damping (now "
+            f"{solution.damping:.3g}); tol=None accepts a fixed number of products"
         )
+    else:
+        return
+    # Point at the first line outside of this package.
+    depth, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("kdaif_fast."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, ConvergenceWarning, stacklevel=depth)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ def sigmoid_weights(phi: Tensor, *, gamma: float = 10.0, scale: float | str = "r
     Args:
         phi: influence scores [N], positive = harmful.
         gamma: steepness; a larger one trusts the scores more. 0 gives weights 1.
-        scale: "range" is max - min of phi; "robust" is the distance between its 1 % and 99 % quantiles, so that one
-            outlier does not flatten all others; or a number > 0.
+        scale: "range" is max - min of phi and 0 (harmful and helpful samples there are always, near a minimum);
+            "robust" is the same between the 1 % and 99 % quantiles, so that one outlier does not flatten all others;
+            or a number > 0.
 
     Returns:
-        [N], same dtype. All 1 if every phi is 0. (If all phi are equal, the range is taken to be their size.)
+        [N], same dtype. All 1 if every phi is 0; NaN for NaN. Their mean is not 1 in general: divide by it where the
+        size of a step must not change.
 
     Raises:
         TypeError, ValueError: phi that is no floating-point vector, a negative gamma, a scale that is not positive.
@@ -41,11 +45,13 @@ def sigmoid_weights(phi: Tensor, *, gamma: float = 10.0, scale: float | str = "r
         raise TypeError(f"phi is {type(phi).__name__}, expected a floating-point tensor of influence scores")
     if phi.dim() != 1:
         raise ValueError(f"phi has shape {tuple(phi.shape)}, expected [N]")
+    if isinstance(gamma, bool) or not isinstance(gamma, Real):
+        raise TypeError(f"gamma is {gamma!r}, expected a number >= 0")
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma is {gamma!r}, expected a finite number >= 0")
     width = _width(phi, scale)
     # 2 / (1 + exp(z)) without overflow.
-    return 2 * torch.sigmoid(-gamma * torch.where(width > 0, phi / width, 0))
+    return 2 * torch.sigmoid(-float(gamma) * torch.where(width == 0, phi, phi / width))
 
 
 def _width(phi: Tensor, scale: float | str) -> Tensor:
@@ -54,11 +60,17 @@ def _width(phi: Tensor, scale: float | str) -> Tensor:
             raise ValueError(f"scale is {scale!r}, expected 'range', 'robust' or a positive number")
         if len(phi) == 0:
             return phi.new_zeros(())
-        low, high = phi.aminmax() if scale == "range" else phi.quantile(phi.new_tensor(ROBUST_QUANTILES))
-        return torch.where(high > low, high - low, phi.abs().max())
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        low, high = phi.aminmax() if scale == "range" else _quantiles(phi)
+        return high.clamp(min=0) - low.clamp(max=0)
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale!r}, expected 'range', 'robust' or a positive number")
-    return phi.new_tensor(scale)
+    return phi.new_tensor(float(scale))
+
+
+def _quantiles(phi: Tensor) -> Sequence[Tensor]:
+    # torch.quantile stops at 16 million values and wants float32.
+    ordered = phi.sort().values
+    return [ordered[round(share * (len(phi) - 1))] for share in ROBUST_QUANTILES]
 
 
 def influence_weights(

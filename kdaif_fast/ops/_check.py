@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import reprlib
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def is_tensor(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless value is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected a torch.Tensor")
+        raise TypeError(f"{op}: {name} is {reprlib.repr(value)} ({type(value).__name__}), expected a torch.Tensor")
 
 
 def is_logits(op: str, name: str, value: Any) -> None:
@@ -51,8 +53,9 @@ def is_share(op: str, name: str, value: Any) -> None:
 
 
 def _is_number(op: str, name: str, value: Any, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}), expected {expected}")
+    # float and int first: those a compiler can follow when they are symbols.
+    if isinstance(value, bool) or (not isinstance(value, (float, int)) and not isinstance(value, Real)):
+        raise TypeError(f"{op}: {name} is {reprlib.repr(value)} ({type(value).__name__}), expected {expected}")
 
 
 def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

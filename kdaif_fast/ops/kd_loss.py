@@ -10,6 +10,7 @@ plain torch (reference/kd_loss.py), which torch differentiates further by itself
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,18 +30,32 @@ def _new_loss(student: Tensor) -> Tensor:
     return student.new_empty(student.shape[0], dtype=reference.accumulation_dtype(student))
 
 
-def _checked(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference as a kernel: out-of-range labels raise on the CPU, as they do in the compiled kernel."""
+def _on_rows(formula: Callable[..., Any], labels_at: int) -> Callable[..., Any]:
+    """The reference as a kernel: a label out of range does what it does in the compiled kernels.
+
+    On the CPU it raises. Elsewhere nobody waits to look at it: its row becomes NaN.
+    """
 
     def kernel(*args: Any) -> Any:
-        *_, student, _teacher, labels, _T, _alpha = (
-            args if formula is reference.kd_loss_grad else (*args[:3], *args[4:])
-        )
+        student, labels = args[labels_at - 2], args[labels_at]
         if labels.device.type == "cpu":
             _check.are_labels("kd_loss", "labels", labels, student.shape[1])
-        return formula(*args)
+            return formula(*args)
+        return nan_where_label_is_outside(formula, args, labels_at)
 
     return kernel
+
+
+def nan_where_label_is_outside(formula: Callable[..., Any], args: Sequence[Any], labels_at: int) -> Any:
+    """The formula's result, NaN in the rows whose label is outside [0, V); no value is looked at."""
+    classes, labels = args[labels_at - 2].shape[1], args[labels_at]
+    outside = (labels < 0) | (labels >= classes)
+    results = formula(*args[:labels_at], labels.clamp(0, classes - 1), *args[labels_at + 1 :])
+    filled = [
+        result.masked_fill(outside.view(-1, *(1,) * (result.dim() - 1)), math.nan)
+        for result in (results if isinstance(results, tuple) else (results,))
+    ]
+    return tuple(filled) if isinstance(results, tuple) else filled[0]
 
 
 _SHARED = "Tensor student_logits, Tensor teacher_logits, Tensor labels"
@@ -49,17 +64,17 @@ _OPTIONS = "float temperature, float alpha"
 _kd_loss = define(
     f"kd_loss({_SHARED}, Tensor weight, {_OPTIONS}) -> Tensor",
     fake=lambda student, teacher, labels, weight, T, alpha: _new_loss(student),
-    reference=_checked(reference.kd_loss),
+    reference=_on_rows(reference.kd_loss, labels_at=2),
 )
 _kd_loss_with_grad = define(
     f"kd_loss_with_grad({_SHARED}, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=lambda student, teacher, labels, weight, T, alpha: (_new_loss(student), student.new_empty(student.shape)),
-    reference=_checked(reference.kd_loss_with_grad),
+    reference=_on_rows(reference.kd_loss_with_grad, labels_at=2),
 )
 _kd_loss_grad = define(
     f"kd_loss_grad(Tensor grad_output, {_SHARED}, {_OPTIONS}) -> Tensor",
     fake=lambda grad_output, student, teacher, labels, T, alpha: student.new_empty(student.shape),
-    reference=_checked(reference.kd_loss_grad),
+    reference=_on_rows(reference.kd_loss_grad, labels_at=3),
 )
 _kd_loss_hvp = define(
     f"kd_loss_hvp(Tensor grad_output, Tensor tangent, Tensor student_logits, {_OPTIONS}) -> Tensor",
@@ -162,8 +177,9 @@ derive(_kd_loss_hvp, Rules(_hvp_backward, _hvp_jvp, (True, True, True, False, Fa
 @functools.cache
 def _try_rules() -> bool:
     """Try one jvp and one gradient against the reference: rules that a new torch ignores give zeros, not errors."""
-    student, teacher = torch.tensor([[0.5, -1.0]]), torch.tensor([[1.0, 0.25]])
-    labels, weight = torch.tensor([1]), torch.ones(1)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    student, teacher = torch.tensor([[0.5, -1.0]], **options), torch.tensor([[1.0, 0.25]], **options)
+    labels, weight = torch.tensor([1], device="cpu"), torch.ones(1, **options)
 
     def derivatives(formula: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         def loss(s: Tensor) -> Tensor:
@@ -182,7 +198,10 @@ def _try_rules() -> bool:
 @_derive.constant_in_graphs
 def rules_work() -> bool:
     """Whether this torch follows the derivative rules of this op family; found out at the first question."""
-    return _derive.AVAILABLE and _try_rules()
+    if not _derive.AVAILABLE:
+        return False
+    with _derive.without_modes():
+        return _try_rules()
 
 
 def _formula(*tensors: Tensor) -> Callable[..., Tensor]:
@@ -228,7 +247,8 @@ def kd_loss(
             row), a temperature that is not positive, alpha outside [0, 1], an unknown reduction, logits that are not
             finite (if asked). Each names the argument and its value.
 
-    Memory: the gradient [..., V], nothing else of that size. Contiguous classes are read in place, others copied.
+    Memory: the gradient [..., V], formed in the forward pass; a second one in the backward pass if the gradient that
+        comes from above is not 1. Logits are read in place if a row's classes are contiguous, else copied.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531), section 2; per-row weights as in KD-AIF (arXiv 2501.02705).
 
@@ -249,6 +269,9 @@ def kd_loss(
     if check_finite:
         _check.is_finite_logits("kd_loss", "student_logits", student_logits)
         _check.is_finite_logits("kd_loss", "teacher_logits", teacher_logits)
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        # A teacher run in inference mode: autograd cannot keep such tensors, but copies of them.
+        teacher_logits, labels = (x.clone() if x.is_inference() else x for x in (teacher_logits, labels))
     shape, V = labels.shape, student_logits.shape[-1]
     if labels.dim() != 1:
         student_logits, teacher_logits = student_logits.reshape(-1, V), teacher_logits.reshape(-1, V)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._model import Loss
+from .._model import Loss, Params
 from .._objective import Objective
 from .._tree import as_vector
 
@@ -18,7 +18,7 @@ def per_sample_grad_dots(
     direction: Tensor | Mapping[str, Tensor],
     *,
     loss: Loss | None = None,
-    params: Iterable[str | Tensor] | None = None,
+    params: Params | None = None,
 ) -> Tensor:
     """<grad l_i, direction> for every sample i: [N], float32 or float64; how fast each loss grows along the direction.
 
@@ -30,7 +30,7 @@ def per_sample_grad_dots(
         batch: (inputs, targets[, teacher_logits]) or a mapping with those keys.
         direction: flat [P], or a dictionary shaped like the parameters.
         loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
-        params: names (of parameters or submodules) or parameters; default all that require grad.
+        params: names (of parameters or submodules), parameters or submodules; default all that require grad.
 
     Raises:
         ValueError: a direction that does not fit the parameters, a module that mixes samples, a loss that is not [N].

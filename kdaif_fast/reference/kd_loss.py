@@ -31,7 +31,9 @@ def kd_loss(
         p = log_p.exp()
         # Classes that the teacher excludes (p = 0) contribute nothing, even where the student excludes them too.
         kl = (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
-        loss = loss + (1 - alpha) * temperature**2 * kl.clamp(min=0)
+        # Rounding can put a tiny divergence below zero; lifting it must not take its gradient away.
+        kl = kl + (kl.clamp(min=0) - kl).detach()
+        loss = loss + (1 - alpha) * temperature**2 * kl
     return weight * loss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -33,11 +34,12 @@ def cg(
         max_iter: the most products to spend.
 
     Returns:
-        The solution, with its residual. A direction of negative curvature ends the solve with what was reached so far
-        (the right-hand side itself, if it is the first one) and reason "negative curvature".
+        The solution, with its residual. A direction along which C + damping I is negative, or zero to rounding, ends
+        the solve with what was reached before it (the right-hand side itself, if it is the first one) and the reason
+        "negative curvature" or "singular".
 
     Raises:
-        ValueError: b is no vector, or a number is out of its range.
+        TypeError, ValueError: b is no vector, or a number is no number or out of its range.
 
     Memory: 4 vectors [P] and what matvec needs.
 
@@ -50,55 +52,61 @@ def cg(
         >>> [round(value, 4) for value in solution.x.tolist()], solution.converged
         ([1.0, 1.0], True)
     """
-    _check_arguments(b, damping, tol, max_iter)
+    if b.dim() != 1:
+        raise ValueError(f"cg: b has shape {tuple(b.shape)}, expected a vector [P]")
+    check_limits("cg", damping, tol, max_iter)
     x, r = torch.zeros_like(b), b.clone()
     p, rr = r.clone(), r @ r
     bb = rr.clone()
-    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
-    tiny = torch.finfo(b.dtype).tiny
-    iterations, reason = 0, "max_iter"
-    indefinite = torch.zeros_like(rr, dtype=torch.bool)
     if tol is not None and float(bb) == 0:
         return Solution(x, 0.0, 0, True, damping, "tolerance")
+    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
+    tiny, epsilon = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
+    lowest, highest = torch.full_like(rr, math.inf), torch.zeros_like(rr)  # of p . A p / p . p so far
+    stopped = torch.zeros_like(rr, dtype=torch.bool)
+    iterations, reason = 0, "max_iter"
     while iterations < max_iter:
         Ap = matvec(p)
         if damping:
             Ap = Ap.add(p, alpha=damping)
-        curvature = p @ Ap
-        # From the first direction of negative curvature on, every step is 0: no look at the value is needed for that.
-        indefinite |= curvature < 0
-        step = torch.where(indefinite, 0, rr / curvature.clamp(min=tiny))
+        quotient = (p @ Ap) / (p @ p).clamp(min=tiny)
+        highest = torch.maximum(highest, quotient)
+        # A solve that is finished already (rr = 0) has p = 0, which says nothing of the matrix.
+        useless = (quotient <= epsilon * highest) & (rr > 0)
+        lowest = torch.where(useless & ~stopped, quotient, lowest)
+        # From there on every step is 0, so no look at the values is needed for stopping.
+        stopped |= useless
         if iterations == 0:
-            x = torch.where(indefinite, b, x)
+            x = torch.where(stopped, b, x)
+        step = torch.where(stopped, 0, rr / (p @ Ap).clamp(min=tiny))
         x.addcmul_(p, step)
         r.addcmul_(Ap, step, value=-1)
         rr, previous = r @ r, rr
         p.mul_(rr / previous.clamp(min=tiny)).add_(r)
         iterations += 1
         if tol is not None and (iterations % looks_every == 0 or iterations == max_iter):
-            if bool(indefinite):
-                reason = "negative curvature"
+            if bool(stopped):
                 break
             if float(rr) <= tol**2 * float(bb):
                 reason = "tolerance"
                 break
-    return _report(x, rr, bb, iterations, damping, reason, bool(indefinite))
-
-
-def _report(
-    x: Tensor, rr: Tensor, bb: Tensor, iterations: int, damping: float, reason: str, indefinite: bool
-) -> Solution:
+    if bool(stopped):
+        reason = "negative curvature" if float(lowest) < -epsilon * float(highest) else "singular"
     residual = math.sqrt(float(rr) / float(bb)) if float(bb) else 0.0
-    reason = "negative curvature" if indefinite else reason
     return Solution(x, residual, iterations, reason == "tolerance", damping, reason)
 
 
-def _check_arguments(b: Tensor, damping: float, tol: float | None, max_iter: int) -> None:
-    if b.dim() != 1:
-        raise ValueError(f"cg: b has shape {tuple(b.shape)}, expected a vector [P]")
+def check_limits(name: str, damping: float, tol: float | None, max_iter: int) -> None:
+    """Raise unless these are what they should be; `name` is the caller's."""
+    if isinstance(damping, bool) or not isinstance(damping, Real):
+        raise TypeError(f"{name}: damping is {damping!r}, expected a number >= 0")
     if not 0 <= damping < math.inf:
-        raise ValueError(f"cg: damping is {damping!r}, expected a finite number >= 0")
+        raise ValueError(f"{name}: damping is {damping!r}, expected a finite number >= 0")
+    if tol is not None and not isinstance(tol, Real):
+        raise TypeError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
     if tol is not None and not 0 < tol < 1:
-        raise ValueError(f"cg: tol is {tol!r}, expected a number between 0 and 1, or None")
+        raise ValueError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int):
+        raise TypeError(f"{name}: max_iter is {max_iter!r}, expected an int >= 1")
     if max_iter < 1:
-        raise ValueError(f"cg: max_iter is {max_iter!r}, expected at least 1")
+        raise ValueError(f"{name}: max_iter is {max_iter!r}, expected at least 1")

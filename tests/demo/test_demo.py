@@ -56,7 +56,7 @@ def test_nothing_flipped(tmp_path):
     assert "auc" not in figures
 
 
-@pytest.mark.parametrize(("change", "message"), [({"seeds": 0}, "seeds is 0"), ({"flip": 1.0}, r"flip is 1\.0")])
+@pytest.mark.parametrize(("change", "message"), [({"seeds": 0}, "seeds is 0"), ({"flip": 0.95}, r"flip is 0\.95")])
 def test_bad_input(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run_demo(tmp_path, **change)

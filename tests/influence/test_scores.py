@@ -58,6 +58,7 @@ class Regression:
 
         self.batch, self.val = draw(N), draw(100)
         flips = torch.randperm(N, generator=random)[: N // 10]
+        self.flipped = torch.zeros(N, dtype=torch.bool).index_fill(0, flips, True)
         self.batch[1][flips] = (self.batch[1][flips] + 1) % CLASSES
         self.decay, self.shape = decay, (CLASSES, features)
 
@@ -129,8 +130,10 @@ class TestRetraining:
         assert correlation >= 0.999
         assert abs(slope - 1) < 0.02
 
-    def test_harmful_samples_are_the_flipped_ones(self, problem, phi):
+    def test_weights_find_the_flips_and_help(self, problem, phi):
         order = phi.argsort(descending=True)
+        found = problem.flipped[order[: int(problem.flipped.sum())]].double().mean()
+        assert found > 3 * problem.flipped.double().mean()  # the top of the list is rich in wrong labels
         w = kdaif_fast.sigmoid_weights(phi)
         reweighted, ones = problem.validation_loss(w), torch.ones_like(w)
         assert reweighted < problem.validation_loss(ones)
@@ -205,8 +208,131 @@ class TestForms:
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
         assert modes == [module.training for module in model.modules()]
 
+    def test_parameters_in_every_form(self):
+        model, batch, val = make("mlp")
+        expected = influence_scores(model, batch, val, params=["2"], damping=0.1)
+        forms = ["2", model[2], [model[2]], model[2].parameters(), (p for p in model[2].parameters())]
+        for params in forms:
+            assert torch.equal(influence_scores(model, batch, val, params=params, damping=0.1), expected)
+
+    def test_every_name_of_a_tied_parameter(self):
+        model, batch, val = make("attention")
+        model.register_parameter("head", model.embedding.weight)
+        options = {"damping": 0.1, "tol": 1e-8}
+        torch.testing.assert_close(
+            influence_scores(model, batch, val, params=["head"], **options),
+            influence_scores(model, batch, val, params=["embedding"], **options),
+        )
+
+    @pytest.mark.parametrize("shape", ["vector", "sequence"])
+    def test_outputs_of_other_shapes(self, shape):
+        """Regression to one number a sample, and sequences of outputs."""
+        model = nn.Linear(4, 1 if shape == "vector" else 6).double()
+
+        class Shaped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                return self.inner(x).squeeze(-1) if shape == "vector" else self.inner(x).view(-1, 2, 3)
+
+        def loss(outputs, targets):
+            return (
+                ((outputs - targets.view(-1, *(1,) * (outputs.dim() - 1))) ** 2)
+                .flatten(1 if outputs.dim() > 1 else 0)
+                .view(len(outputs), -1)
+                .sum(1)
+            )
+
+        _, batch, val = make("linear")
+        batch, val = ((x, y.double()) for x, y in (batch, val))
+        shaped = Shaped()
+        phi = influence_scores(shaped, batch, val, loss=loss, damping=0.1, tol=1e-10)
+        dense = Dense(shaped)
+        matrix = dense.hessian(batch, loss) + 0.1 * torch.eye(sum(p.numel() for p in model.parameters())).double()
+        expected = -dense.grads(batch, loss) @ torch.linalg.solve(matrix, dense.grads(val, loss).mean(0))
+        torch.testing.assert_close(phi, expected, rtol=1e-5, atol=1e-7)
+
+    def test_mappings_with_logits(self):
+        model, batch, val = make("mlp")
+
+        class Wrapper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                return {"logits": self.inner(x)}
+
+        expected = influence_scores(model, batch, val, damping=0.1)
+        assert torch.equal(influence_scores(Wrapper(), batch, val, damping=0.1), expected)
+
+    @pytest.mark.parametrize("how", ["wrapped", "in place"])
+    def test_compiled_models(self, how):
+        model, batch, val = make("mlp")
+        expected = influence_scores(model, batch, val, damping=0.1)
+        if how == "wrapped":
+            compiled = torch.compile(model, backend="aot_eager")
+        else:
+            compiled = model
+            compiled.compile(backend="aot_eager")
+        compiled(batch[0])
+        assert torch.equal(influence_scores(compiled, batch, val, damping=0.1), expected)
+
+    def test_inside_inference_mode_and_with_tensors_from_there(self):
+        model, batch, val = make("mlp")
+        teacher = torch.randn(N, CLASSES, dtype=torch.float64)
+        expected = influence_scores(model, (*batch, teacher), val, damping=0.1)
+        with torch.inference_mode():
+            made_inside = (batch[0] * 1, batch[1] * 1, teacher * 1)
+            assert torch.equal(influence_scores(model, made_inside, val, damping=0.1), expected)
+        assert torch.equal(influence_scores(model, made_inside, val, damping=0.1), expected)
+
+    def test_buffers_are_left_alone_in_training_mode(self):
+        model = nn.Sequential(
+            torch.nn.utils.parametrizations.spectral_norm(nn.Conv1d(1, 3, 2)),
+            nn.InstanceNorm1d(3, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(9, CLASSES),
+        ).double()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        _, batch, val = make("linear")
+        batch, val = ((x[:, None], y) for x, y in (batch, val))
+        influence_scores(model, batch, val, damping=0.1)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_sparse_embeddings(self):
+        torch.manual_seed(0)
+        dense = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(20, CLASSES)).double()
+        _, batch, val = make("attention")
+        expected = influence_scores(dense, batch, val, damping=0.1)
+        dense[0].sparse = True
+        torch.testing.assert_close(influence_scores(dense, batch, val, damping=0.1), expected)
+
+    def test_numbers_of_numpy(self):
+        import numpy as np
+
+        model, batch, val = make("mlp")
+        expected = influence_scores(model, batch, val, damping=0.5)
+        assert torch.equal(influence_scores(model, batch, val, damping=np.float32(0.5)), expected)
+
 
 class TestSolve:
+    def test_a_model_without_curvature_left_can_still_be_solved(self):
+        model, batch, val = make("linear")
+        model.weight.data.mul_(1e4)  # every softmax is 0 or 1
+        batch = (batch[0], model(batch[0]).argmax(1))
+        phi = influence_scores(model, batch, val)
+        assert phi.isfinite().all()
+
+    def test_warns_of_a_singular_matrix(self):
+        model, batch, val = make("mlp")  # more parameters than the batch determines
+        with pytest.warns(ConvergenceWarning, match="singular") as caught:
+            phi = influence_scores(model, batch, val, damping=0.0, tol=1e-12, max_iter=3000)
+        assert caught[0].filename == __file__
+        assert phi.isfinite().all()
+
     def test_auto_damping_is_reported(self):
         model, batch, val = make("mlp")
         phi, solution = influence_scores(model, batch, val, return_solution=True)
@@ -217,7 +343,7 @@ class TestSolve:
 
     def test_warns_when_not_converged(self):
         model, batch, val = make("mlp")
-        with pytest.warns(ConvergenceWarning, match="after 2 products, not tol=0.001"):
+        with pytest.warns(ConvergenceWarning, match="after 2 products .* above tol=0.001"):
             influence_scores(model, batch, val, damping=1e-6, max_iter=2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -238,14 +364,32 @@ class TestBadInput:
             ({"curvature": "fisher"}, ValueError, "curvature is 'fisher', expected one of 'ggn'"),
             ({"solver": "magic"}, ValueError, "solver is 'magic', expected one of 'cg'"),
             ({"damping": -1}, ValueError, "damping is -1"),
-            ({"damping": "much"}, ValueError, "damping is 'much'"),
+            ({"damping": "much"}, TypeError, "damping is 'much'"),
+            ({"damping": True}, TypeError, "damping is True"),
             ({"tol": 7.0}, ValueError, "tol is 7.0"),
+            ({"tol": "low"}, TypeError, "tol is 'low'"),
+            ({"tol": 7.0, "curvature": "identity"}, ValueError, "tol is 7.0"),
+            ({"max_iter": 2.5}, TypeError, "max_iter is 2.5"),
             ({"max_iter": 0}, ValueError, "max_iter is 0"),
             ({"batch": torch.ones(3)}, TypeError, "batch is a Tensor"),
             ({"batch": (torch.ones(3),)}, ValueError, "batch has 1 parts"),
+            ({"batch": [1, 2, 3, 4]}, ValueError, "batch has 4 parts"),
+            ({"batch": iter([])}, TypeError, "of a DataLoader give one batch"),
+            (
+                {"val": (torch.ones(M, 4).numpy(), torch.ones(M).long())},
+                TypeError,
+                "val: inputs has a ndarray of NumPy",
+            ),
+            ({"val": (torch.ones(M, 9).double(), torch.ones(M).long())}, RuntimeError, "failed on the inputs of val"),
+            ({"val": (torch.ones(M, 4).double(), torch.ones(3).long())}, ValueError, "val: 3 targets for 7 samples"),
+            ({"val": (torch.ones(M, 4).double(), torch.ones(M).int())}, ValueError, r"val: .*targets\.long\(\)"),
+            ({"loss": "ce"}, TypeError, "loss is a str"),
+            ({"loss": lambda z, y: z.detach().sum(1)}, ValueError, "batch|val.* do not depend on the outputs"),
             ({"val": {"x": 1, "targets": 2}}, ValueError, r"val has the keys \['targets', 'x'\]"),
             ({"params": []}, ValueError, "params is empty"),
             ({"params": ["3.weight"]}, ValueError, "params contains '3.weight'"),
+            ({"params": [3]}, TypeError, "params contains a int"),
+            ({"params": nn.Linear(1, 1)}, ValueError, "params contains a module Linear"),
             ({"params": [torch.ones(2)]}, ValueError, r"params contains a tensor of shape \(2,\)"),
             (
                 {"loss": lambda z, y: F.cross_entropy(z, y)},
@@ -270,8 +414,76 @@ class TestBadInput:
     def test_label_out_of_range(self):
         model, batch, val = make("mlp")
         batch[1][3] = CLASSES
-        with pytest.raises(ValueError, match=rf"labels\[3\] is {CLASSES}"):
+        with pytest.raises(ValueError, match=rf"the loss failed on batch: .*labels\[3\] is {CLASSES}"):
             influence_scores(model, batch, val)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("name", ["batch", "val"])
+    def test_a_sample_that_is_not_finite(self, name, value):
+        model, batch, val = make("mlp")
+        {"batch": batch, "val": val}[name][0][2, 1] = value
+        model[0].weight.data[:, 1] = 0.5
+        if value == float("inf"):
+            model[1] = nn.ReLU()  # tanh would make it finite
+        with pytest.raises(ValueError, match=f"{name}: sample 2 has the loss"):
+            kdaif_fast.influence_weights(model, batch, val, tol=None)
+
+    def test_model_that_is_no_module(self):
+        _, batch, val = make("mlp")
+        with pytest.raises(TypeError, match="model is a function"):
+            influence_scores(lambda x: x, batch, val)
+
+    def test_batch_norm_without_statistics(self):
+        _, batch, val = make("mlp")
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double().eval()
+        with pytest.raises(ValueError, match="no running statistics"):
+            influence_scores(model, batch, val)
+
+    def test_functional_dropout(self):
+        _, batch, val = make("mlp")
+
+        class Dropping(nn.Linear):
+            def forward(self, x):
+                return F.dropout(super().forward(x), 0.5, self.training)
+
+        model = Dropping(4, 3).double()
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match="draws random numbers on batch"):
+            influence_scores(model, batch, val)
+        assert torch.equal(torch.get_rng_state(), state)
+        influence_scores(model.eval(), batch, val, damping=0.1)
+
+    def test_layer_without_second_derivatives(self):
+        """Its part of the products would be missing, silently."""
+
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x * x
+
+            @staticmethod
+            def backward(ctx, grad):
+                with torch.no_grad():
+                    return 2 * ctx.saved_tensors[0] * grad
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+            def forward(self, x):
+                return self.second(Square.apply(self.first(x)))
+
+        _, batch, val = make("mlp")
+        with pytest.raises(RuntimeError, match=r"custom autograd\.Functions"):
+            influence_scores(Model().double(), batch, val, damping=0.1)
+
+    def test_parameters_that_are_not_used(self):
+        model, batch, val = make("mlp")
+        model.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+        with pytest.raises(ValueError, match="do not depend on the chosen parameters"):
+            influence_scores(model, batch, val, params=["idle"])
 
     @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.Dropout(0.1)])
     def test_layers_that_mix_samples_or_draw(self, layer):

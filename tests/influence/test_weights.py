@@ -41,14 +41,22 @@ def test_nothing_to_tell_apart(phi, w):
     assert sigmoid_weights(torch.tensor(phi)).tolist() == w
 
 
+def test_scores_of_one_sign():
+    w = sigmoid_weights(torch.tensor([1.0, 1.001, 1.002]))
+    assert ((w > 0) & (w < 1)).all()
+    assert (sigmoid_weights(-torch.tensor([1.0, 1.001, 1.002])) > 1).all()
+
+
 def test_equal_scores_keep_their_sign():
     assert (sigmoid_weights(torch.tensor([0.3, 0.3])) < 1).all()
     assert (sigmoid_weights(torch.tensor([-0.3])) > 1).all()
 
 
 def test_nan_stays_nan():
-    w = sigmoid_weights(torch.tensor([math.nan, 1.0, -1.0]), scale=1.0)
-    assert w.isnan().tolist() == [True, False, False]
+    phi = torch.tensor([math.nan, 1.0, -1.0])
+    assert sigmoid_weights(phi, scale=1.0).isnan().tolist() == [True, False, False]
+    assert sigmoid_weights(phi).isnan().all()
+    assert sigmoid_weights(torch.zeros(3)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,7 @@ def test_nan_stays_nan():
         ({"phi": [1.0]}, TypeError, "phi is list"),
         ({"phi": torch.tensor([1])}, TypeError, "phi is Tensor"),
         ({"phi": torch.ones(2, 2)}, ValueError, r"phi has shape \(2, 2\)"),
+        ({"gamma": "steep"}, TypeError, "gamma is 'steep'"),
         ({"gamma": -1}, ValueError, "gamma is -1"),
         ({"gamma": math.nan}, ValueError, "gamma is nan"),
         ({"scale": "std"}, ValueError, "scale is 'std'"),

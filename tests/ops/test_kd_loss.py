@@ -25,7 +25,8 @@ TEMPERATURES = [1.0, 2.0, 3.0, 4.0, 2.5, 0.5]
 ALPHAS = [0.0, 0.3, 1.0]
 SHAPES = [(0, 5), (1, 1), (3, 1), (5, 2), (7, 37), (4, 64), (2, 1000), (33, 17)]
 
-needs_kernels = pytest.mark.skipif(kdaif_fast.backends()["cpu"] != "loaded", reason="no compiled CPU kernels here")
+HAS_KERNELS = kdaif_fast.backends()["cpu"] == "loaded"
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no compiled CPU kernels here")
 
 
 def inputs(N, V, dtype=torch.float64, scale=3.0):
@@ -78,6 +79,19 @@ class TestReference:
         ours = reference.kd_loss_teacher_grad(weight, student, teacher, T, alpha)
         torch.testing.assert_close(ours, teacher_grad, **close)
 
+    @pytest.mark.parametrize("T", [1.0, 4.0])
+    def test_gradient_survives_the_lift_of_tiny_divergences(self, T):
+        """Rounding makes some divergences of nearly equal rows negative; their gradient is still there."""
+        student = torch.randn(300, 50)
+        teacher = student + 1e-3 * torch.randn_like(student)
+        labels, weight = torch.zeros(300, dtype=torch.int64), torch.ones(300)
+        student.requires_grad_()
+        loss = reference.kd_loss(student, teacher, labels, weight, T, 0.0)
+        assert (loss >= 0).all()
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        expected = reference.kd_loss_grad(weight.double(), student.detach().double(), teacher.double(), labels, T, 0.0)
+        assert relative_error(grad, expected) < 0.02  # cancellation of nearly equal softmaxes
+
     def test_is_zero_for_the_teacher_itself(self):
         student, _, labels, weight = inputs(5, 7)
         assert reference.kd_loss(student, student, labels, weight, 3.0, 0.0).abs().max() < 1e-14
@@ -105,6 +119,17 @@ class TestDerivatives:
 
         assert gradcheck(loss, tensors, check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(loss, tensors, check_fwd_over_rev=True, check_batched_grad=True)
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    def test_gradcheck_of_reductions(self, formula, reduction):
+        student, teacher, labels, weight = inputs(3, 4, scale=1.0)
+
+        def loss(student):
+            return kd_loss(student, teacher, labels, weight=weight, temperature=2.0, reduction=reduction)
+
+        student.requires_grad_()
+        assert gradcheck(loss, [student], check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(loss, [student], check_fwd_over_rev=True, check_batched_grad=True)
 
     def test_third_order(self, formula):
         student, teacher, labels, weight = inputs(2, 3, scale=1.0)
@@ -320,6 +345,23 @@ class TestKernel:
         assert grad[2].isnan().any()
         assert grad[4].isnan().any()
 
+    @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1, -0x400000 + 1])
+    @pytest.mark.parametrize("alpha", ALPHAS)
+    def test_every_nan_is_a_nan(self, bits, alpha):
+        """Its low bits must not be taken for an exponent."""
+        student, teacher, labels, _ = inputs(2, 40, torch.float32)
+        student[0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        assert student[0, 3].isnan()
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, torch.ones(2), 2.5, alpha)
+        assert loss.isnan().tolist() == [True, False]
+        assert grad[0].isnan().any()
+        wide = torch.tensor(0x7FF8000000000123).view(torch.float64)
+        student, teacher, labels, weight = inputs(2, 40, torch.float64)
+        student[0, 3] = wide
+        loss, grad = ops._kd_loss_with_grad(student, teacher, labels, weight, 2.5, alpha)
+        assert loss.isnan().tolist() == [True, False]
+        assert grad[0].isnan().any()
+
     @pytest.mark.parametrize("op", [ops._kd_loss, ops._kd_loss_with_grad])
     def test_opcheck(self, op):
         student, teacher, labels, weight = inputs(4, 6)
@@ -368,6 +410,50 @@ class TestConvenience:
             F.cross_entropy(student, labels, reduction="none"),
         )
         torch.testing.assert_close(a, b)
+
+    def test_teacher_from_inference_mode(self):
+        student, teacher, labels, _ = inputs(5, 4)
+        student.requires_grad_()
+        with torch.inference_mode():
+            made_there = teacher * 1
+        (ours,) = torch.autograd.grad(kd_loss(student, made_there, labels, reduction="mean"), student)
+        (expected,) = torch.autograd.grad(kd_loss(student, teacher, labels, reduction="mean"), student)
+        assert torch.equal(ours, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("factor", [2.0**16, 0.5, 0.3])
+    def test_scaled_losses(self, dtype, factor):
+        """As loss scalers do: exact for powers of two, and no second rounding otherwise."""
+        student, teacher, labels, _ = inputs(5, 40, dtype)
+        student.requires_grad_()
+        factor = min(factor, 16.0) if dtype == torch.float16 else factor
+        (ours,) = torch.autograd.grad(factor * kd_loss(student, teacher, labels, reduction="mean"), student)
+        scale = torch.full((5,), factor / 5)
+        expected = reference.kd_loss_grad(scale.double(), student.detach().double(), teacher.double(), labels, 1.0, 0.5)
+        assert relative_error(ours, expected) < TOLERANCE[dtype]
+
+    def test_numbers_of_numpy(self):
+        import numpy as np
+
+        student, teacher, labels, _ = inputs(5, 4)
+        ours = kd_loss(student, teacher, labels, temperature=np.float32(2), alpha=np.float32(0.5))
+        assert torch.equal(ours, kd_loss(student, teacher, labels, temperature=2.0, alpha=0.5))
+
+    @pytest.mark.parametrize("formula", ["kd_loss", "kd_loss_with_grad", "kd_loss_grad"])
+    def test_labels_that_nobody_looks_at(self, formula):
+        """Off the CPU the reference makes the rows of illegal labels NaN, and leaves the others alone."""
+        student, teacher, labels, weight = inputs(4, 5)
+        wrong = labels.clone()
+        wrong[1], wrong[3] = 5, -1
+        first = (weight,) if formula == "kd_loss_grad" else ()
+        last = () if formula == "kd_loss_grad" else (weight,)
+        at = 3 if formula == "kd_loss_grad" else 2
+        function = getattr(reference, formula)
+        results = ops.nan_where_label_is_outside(function, (*first, student, teacher, wrong, *last, 2.0, 0.5), at)
+        expected = function(*first, student, teacher, labels, *last, 2.0, 0.5)
+        for ours, right in zip(*(x if isinstance(x, tuple) else (x,) for x in (results, expected)), strict=True):
+            assert ours[[1, 3]].isnan().all()
+            assert torch.equal(ours[[0, 2]], right[[0, 2]])
 
     def test_works_without_gradients_and_in_inference_mode(self):
         student, teacher, labels, _ = inputs(5, 4)
@@ -447,6 +533,3 @@ class TestBadInput:
             ops._kd_loss(logits, logits[:2], labels, weight, 1.0, 0.5)
         with pytest.raises(RuntimeError, match="accumulation dtype"):
             ops._kd_loss(logits, logits, labels, weight.double(), 1.0, 0.5)
-
-
-HAS_KERNELS = kdaif_fast.backends()["cpu"] == "loaded"

@@ -57,6 +57,19 @@ def test_negative_curvature_is_reported_and_harmless():
     assert cg(lambda v: C @ v, b, damping=200.0, tol=1e-8).converged  # enough damping makes it definite
 
 
+def test_zero_curvature_is_reported_and_harmless():
+    nothing = cg(lambda v: 0 * v, torch.ones(3), tol=None, max_iter=5)
+    assert nothing.reason == "singular"
+    assert torch.equal(nothing.x, torch.ones(3))
+    a = torch.randn(30)
+    for options in ({"tol": 1e-6}, {"tol": None, "max_iter": 100}):
+        solution = cg(lambda v: a * (a @ v), torch.randn(30), **options)  # rank 1
+        assert solution.reason == "singular"
+        assert solution.x.isfinite().all()
+        assert not solution.converged
+    assert cg(lambda v: a * (a @ v), torch.randn(30), damping=0.1, tol=1e-5).converged
+
+
 def test_zero_right_hand_side():
     solution = cg(lambda v: v, torch.zeros(3))
     assert solution.converged
@@ -77,11 +90,13 @@ def test_leaves_the_right_hand_side_alone():
         ({"b": torch.ones(2, 2)}, r"b has shape \(2, 2\)"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"damping": float("nan")}, "damping is nan"),
+        ({"damping": "0"}, "damping is '0'"),
         ({"tol": 0.0}, "tol is 0.0"),
+        ({"max_iter": 1.5}, "max_iter is 1.5"),
         ({"tol": 2.0}, "tol is 2.0"),
         ({"max_iter": 0}, "max_iter is 0"),
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         cg(lambda v: v, **{"b": torch.ones(2), **change})

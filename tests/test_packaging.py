@@ -1,6 +1,6 @@
 """Real installs, each into an environment of its own: with and without torch, isolation, compilers.
 
-Slow (half a minute each); `make test-slow` runs them. torch is lent to an environment by a path file instead of being
+All but one are slow (up to a minute each); `make test-slow` runs those. torch is lent to an environment by a path file instead of being
 installed into it again.
 """
 
@@ -21,8 +21,8 @@ SITE = Path(torch.__file__).parents[1]
 BUILD_TOOLS = ["setuptools>=77", "cmake>=3.26", "ninja", "pybind11>=3"]
 HAS_CXX = shutil.which("g++") or shutil.which("c++")
 
+slow = pytest.mark.slow
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree"),
     pytest.mark.skipif(not HAS_CXX, reason="needs a C++ compiler"),
 ]
@@ -127,6 +127,7 @@ def test_isolated_build_uses_the_torch_that_is_there(environment, source):
     assert environment.use() == ("loaded", "")
 
 
+@slow
 def test_build_without_isolation(environment, source):
     environment.lend_torch()
     environment.pip(*BUILD_TOOLS)
@@ -134,6 +135,7 @@ def test_build_without_isolation(environment, source):
     assert environment.use() == ("loaded", "")
 
 
+@slow
 def test_isolated_build_without_torch_fetches_one_to_build_with(environment, source):
     log = environment.pip(str(source), KDAIF_BUILD="cpu")
     assert fetched_torch(log)
@@ -141,6 +143,7 @@ def test_isolated_build_without_torch_fetches_one_to_build_with(environment, sou
     assert environment.use() == ("loaded", "")
 
 
+@slow
 def test_without_isolation_and_without_torch_it_installs_and_says_why_it_is_slow(environment, source):
     environment.pip(*BUILD_TOOLS)
     environment.pip("--no-build-isolation", str(source))
@@ -150,6 +153,7 @@ def test_without_isolation_and_without_torch_it_installs_and_says_why_it_is_slow
     assert warned.count("MissingKernelsWarning") == 1
 
 
+@slow
 @pytest.mark.parametrize("isolated", [True, False])
 def test_without_a_compiler_it_installs_and_says_so(environment, source, tmp_path, isolated):
     environment.lend_torch()
@@ -163,6 +167,7 @@ def test_without_a_compiler_it_installs_and_says_so(environment, source, tmp_pat
     assert warned.count("MissingKernelsWarning") == 1
 
 
+@slow
 def test_a_failing_nvcc_ends_in_a_cpu_build(environment, source, tmp_path):
     environment.lend_torch()
     path = without(tmp_path, "nvcc")
@@ -175,6 +180,7 @@ def test_a_failing_nvcc_ends_in_a_cpu_build(environment, source, tmp_path):
     assert environment.pip(str(source), PATH=path, KDAIF_BUILD="cuda", check=False).returncode != 0
 
 
+@slow
 def test_asking_for_cuda_without_nvcc_is_an_error(environment, source, tmp_path):
     environment.lend_torch()
     log = environment.pip(str(source), PATH=without(tmp_path, "nvcc"), KDAIF_BUILD="cuda", check=False)
@@ -182,6 +188,7 @@ def test_asking_for_cuda_without_nvcc_is_an_error(environment, source, tmp_path)
     assert "KDAIF_BUILD=cuda, but the cuda kernels could not be built: nvcc was not found" in log.stdout + log.stderr
 
 
+@slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_cuda_kernels_are_built_where_nvcc_is(environment, source):
     environment.lend_torch()
@@ -193,6 +200,7 @@ def test_cuda_kernels_are_built_where_nvcc_is(environment, source):
     assert environment.use() == ("loaded", "")
 
 
+@slow
 def test_nothing_compiled_on_request(environment, source):
     environment.lend_torch()
     log = environment.pip(str(source), KDAIF_BUILD="none")
@@ -200,6 +208,7 @@ def test_nothing_compiled_on_request(environment, source):
     assert environment.use()[0] == "not built: not asked for (KDAIF_BUILD=none)"
 
 
+@slow
 def test_editable_install_finds_its_kernels(environment, source):
     environment.lend_torch()
     environment.pip(*BUILD_TOOLS)
@@ -210,6 +219,7 @@ def test_editable_install_finds_its_kernels(environment, source):
     assert result.stdout.splitlines() == [str(source / "kdaif_fast/__init__.py"), "loaded"]
 
 
+@slow
 def test_sdist_has_what_a_build_needs(source, tmp_path, environment):
     code = "import sys; sys.path.insert(0, 'build_tools'); import backend; print(backend.build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)

@@ -1,7 +1,7 @@
 """Real installs, each into an environment of its own: with and without torch, isolation, compilers.
 
-All but one are slow (up to a minute each); `make test-slow` runs those. torch is lent to an environment by a path file instead of being
-installed into it again.
+All but one are slow (up to a minute each); `make test-slow` runs those. torch is lent to an environment by a path file
+instead of being installed into it again.
 """
 
 import os

@@ -69,7 +69,8 @@ def cg(
         Ap = matvec(p)
         if damping:
             Ap = Ap.add(p, alpha=damping)
-        quotient = (p @ Ap) / (p @ p).clamp(min=tiny)
+        pAp = p @ Ap
+        quotient = pAp / (p @ p).clamp(min=tiny)
         highest = torch.maximum(highest, quotient)
         # A solve that is finished already (rr = 0) has p = 0, which says nothing of the matrix.
         useless = (quotient <= epsilon * highest) & (rr > 0)
@@ -78,7 +79,7 @@ def cg(
         stopped |= useless
         if iterations == 0:
             x = torch.where(stopped, b, x)
-        step = torch.where(stopped, 0, rr / (p @ Ap).clamp(min=tiny))
+        step = torch.where(stopped, 0, rr / pAp.clamp(min=tiny))
         x.addcmul_(p, step)
         r.addcmul_(Ap, step, value=-1)
         rr, previous = r @ r, rr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import warnings
@@ -18,8 +19,9 @@ HERE = Path(__file__).parent
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 CPU_LEVELS = ("baseline", "avx2", "avx512")
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "triton")
 _references: dict[Any, Callable[..., Any]] = {}
+_triton_kernels: dict[Any, Callable[..., Any]] = {}
 
 
 class MissingKernelsWarning(UserWarning):
@@ -57,11 +59,22 @@ def _load(backend: str) -> str:
     return "loaded"
 
 
+def _triton_state() -> str:
+    """Whether Triton can answer for CUDA tensors, or for any under its interpreter: "loaded", or why not."""
+    if os.environ.get("KDAIF_NATIVE", "1") == "0":
+        return "switched off (KDAIF_NATIVE=0)"
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"this torch ({torch.__version__}) has no CUDA"
+    return "loaded"
+
+
 def _load_all() -> dict[str, str]:
     level = os.environ.get("KDAIF_CPU_LEVEL", CPU_LEVELS[-1])
     if level not in CPU_LEVELS:
         raise ValueError(f"KDAIF_CPU_LEVEL is {level!r}, expected one of {', '.join(CPU_LEVELS)}")
-    states = {backend: _load(backend) for backend in ("cpu", "cuda")}
+    states = {backend: _load(backend) for backend in ("cpu", "cuda")} | {"triton": _triton_state()}
     if states["cpu"] != "loaded" and os.environ.get("KDAIF_NATIVE", "1") != "0":
         warnings.warn(
             f"kdaif_fast runs in plain PyTorch, correct but slower: CPU kernels {states['cpu']}. "
@@ -83,20 +96,41 @@ def backends() -> dict[str, str]:
     return {"reference": "loaded", **_STATES}
 
 
-def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
-    """Define an op. A device without a compiled kernel gets the reference; `fake` gives shapes and dtypes only."""
+def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], triton: str | None = None) -> Any:
+    """Define an op; each device takes the best kernel that is there: compiled, then Triton (CUDA), then reference.
+
+    Args:
+        schema: as torch.library.define takes it.
+        fake: gives shapes and dtypes only.
+        reference: the definition.
+        triton: the module of triton_kernels/ that has a function of the op's name. It is imported at the first launch.
+    """
     name = LIBRARY.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _references[op] = reference
+    if triton is not None and _STATES["triton"] == "loaded":
+        _triton_kernels[op] = _lazy_triton(triton, name, reference)
+        if _STATES["cuda"] != "loaded":
+            LIBRARY.impl(name, _triton_kernels[op], "CUDA")
     return op
+
+
+def _lazy_triton(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+            return reference(*args)  # a Triton kernel's scalar arguments are float32
+        return getattr(importlib.import_module(f"kdaif_fast.triton_kernels.{module}"), name)(*args)
+
+    return kernel
 
 
 def kernel_for(op: Any, device: str) -> str:
     """Which backend answers for an op on a device type ("cpu" or "cuda")."""
-    key = device.upper()
-    return device if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) else "reference"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.upper()):
+        return "reference"
+    return "triton" if device == "cuda" and _STATES["cuda"] != "loaded" else device
 
 
 def ops() -> list[Any]:
@@ -104,11 +138,15 @@ def ops() -> list[Any]:
     return list(_references)
 
 
-class _ForceReference(TorchDispatchMode):
-    """Answers every op of the library with its reference. It sits below autograd and every transform."""
+class _Force(TorchDispatchMode):
+    """Answers every op of the library from one table. It sits below autograd and every transform."""
+
+    def __init__(self, kernels: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.kernels = kernels
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _references.get(func, func)(*args, **(kwargs or {}))
+        return self.kernels.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -116,7 +154,8 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend within a `with` block, in this thread: to compare, or to rule a kernel out.
 
     Args:
-        name: "reference" answers everything with plain PyTorch. "cpu" and "cuda" assert that the compiled kernels are
+        name: "reference" answers everything with plain PyTorch, "triton" everything with Triton (CUDA tensors, or any
+            where TRITON_INTERPRET=1 was set from the start). "cpu" and "cuda" assert that the compiled kernels are
             loaded; they already answer for tensors on their device.
 
     Raises:
@@ -131,7 +170,8 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend: name is {name!r}, expected one of {', '.join(BACKENDS)}")
     if backends()[name] != "loaded":
         raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
-    with _ForceReference() if name == "reference" else contextlib.nullcontext():
+    tables = {"reference": _references, "triton": _triton_kernels}
+    with _Force(tables[name]) if name in tables else contextlib.nullcontext():
         yield
 
 

@@ -32,7 +32,7 @@ def info() -> dict[str, str]:
         facts[f"backend {backend}"] = state
     facts["CPU instruction set"] = _cpu_level()
     facts["GPU"] = _gpu()
-    facts["triton"] = _version_of("triton")
+    facts["triton version"] = _version_of("triton")
     facts["derivative rules"] = _derivative_rules()
     for op in _library.ops():
         on_gpu = _library.kernel_for(op, "cuda")

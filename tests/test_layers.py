@@ -1,6 +1,8 @@
 """The rooms of the house: imports point one way, down."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import kdaif_fast
@@ -13,6 +15,7 @@ BELOW = {
     "_derive": {"_library"},
     "_tree": set(),
     "reference": set(),
+    "triton_kernels": set(),
     "ops": {"reference", "_derive", "_library"},
     "_model": {"ops"},
     "_objective": {"_model", "_tree"},
@@ -71,7 +74,15 @@ def test_imports_point_down():
 def test_optional_packages_are_imported_where_they_are_used():
     for path in PACKAGE.rglob("*.py"):
         for name, nested in imports(path):
-            assert name not in OPTIONAL or nested, f"{path} imports {name} at its top"
+            is_itself_optional = room(path) == "triton_kernels" and name == "triton"
+            assert name not in OPTIONAL or nested or is_itself_optional, f"{path} imports {name} at its top"
+
+
+def test_triton_is_imported_at_its_first_launch_only():
+    code = (
+        "import sys, kdaif_fast; assert 'triton' not in sys.modules and 'kdaif_fast.triton_kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_only_the_library_loads_kernels():

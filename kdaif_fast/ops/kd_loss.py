@@ -64,21 +64,25 @@ _OPTIONS = "float temperature, float alpha"
 _kd_loss = define(
     f"kd_loss({_SHARED}, Tensor weight, {_OPTIONS}) -> Tensor",
     fake=lambda student, teacher, labels, weight, T, alpha: _new_loss(student),
+    triton="kd_loss",
     reference=_on_rows(reference.kd_loss, labels_at=2),
 )
 _kd_loss_with_grad = define(
     f"kd_loss_with_grad({_SHARED}, Tensor weight, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=lambda student, teacher, labels, weight, T, alpha: (_new_loss(student), student.new_empty(student.shape)),
+    triton="kd_loss",
     reference=_on_rows(reference.kd_loss_with_grad, labels_at=2),
 )
 _kd_loss_grad = define(
     f"kd_loss_grad(Tensor grad_output, {_SHARED}, {_OPTIONS}) -> Tensor",
     fake=lambda grad_output, student, teacher, labels, T, alpha: student.new_empty(student.shape),
+    triton="kd_loss",
     reference=_on_rows(reference.kd_loss_grad, labels_at=3),
 )
 _kd_loss_hvp = define(
     f"kd_loss_hvp(Tensor grad_output, Tensor tangent, Tensor student_logits, {_OPTIONS}) -> Tensor",
     fake=lambda grad_output, tangent, student, T, alpha: student.new_empty(student.shape),
+    triton="kd_loss",
     reference=reference.kd_loss_hvp,
 )
 

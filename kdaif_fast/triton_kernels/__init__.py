@@ -1,0 +1,1 @@
+"""Triton kernels: what CUDA tensors get without the compiled CUDA library. Imported at their first launch."""

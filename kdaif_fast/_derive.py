@@ -29,6 +29,7 @@ try:
 
     _below_autograd = torch._C._AutoDispatchBelowAutograd
     _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    _unpack_dual = torch._VF._unpack_dual
     AVAILABLE = True
 except (ImportError, AttributeError):  # a torch that has moved them
     AVAILABLE = False
@@ -161,7 +162,7 @@ def _restore(ctx: Any) -> tuple[list[Any], Tensor | None]:
 def _without_tangent(value: Any) -> Any:
     # At level 0 by the raw function: Python's own level counter is not set while a compiler traces.
     if isinstance(value, Tensor) and value.is_floating_point():
-        return torch._VF._unpack_dual(value, level=0)[0]
+        return _unpack_dual(value, level=0)[0]
     return value
 
 

@@ -6,13 +6,14 @@ import contextlib
 import importlib.util
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._warn import warn_user
 
 NAMESPACE = "kdaif_fast"
 HERE = Path(__file__).parent
@@ -76,11 +77,10 @@ def _load_all() -> dict[str, str]:
         raise ValueError(f"KDAIF_CPU_LEVEL is {level!r}, expected one of {', '.join(CPU_LEVELS)}")
     states = {backend: _load(backend) for backend in ("cpu", "cuda")} | {"triton": _triton_state()}
     if states["cpu"] != "loaded" and os.environ.get("KDAIF_NATIVE", "1") != "0":
-        warnings.warn(
+        warn_user(
             f"kdaif_fast runs in plain PyTorch, correct but slower: CPU kernels {states['cpu']}. "
             "`kdaif-fast info` shows the whole picture.",
             MissingKernelsWarning,
-            stacklevel=2,
         )
     return states
 

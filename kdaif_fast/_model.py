@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,10 +102,13 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
         if not trainable:
             raise ValueError("model has no parameter that requires grad")
         return trainable
+    if not isinstance(params, (str, Tensor, nn.Module, Iterable)):
+        raise TypeError(f"params is a {type(params).__name__}, expected names, parameters or modules")
     wanted = [params] if isinstance(params, (str, Tensor, nn.Module)) else list(params)
     if not wanted:
         raise ValueError("params is empty: name at least one parameter")
-    every_name = dict(model.named_parameters(remove_duplicate=False))  # tied parameters have several
+    # Tied parameters have several names, and torch.compile adds its own part to them.
+    every_name = [(_plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
     chosen: set[int] = set()
     for item in wanted:
         if isinstance(item, Tensor):
@@ -111,7 +116,8 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
         elif isinstance(item, nn.Module):
             found, label = list(item.parameters()), f"a module {type(item).__name__}"
         elif isinstance(item, str):
-            found = [p for name, p in every_name.items() if name == item or name.startswith(f"{item}.")]
+            plain = _plain_name(item)
+            found = [p for name, p in every_name if name == plain or name.startswith(f"{plain}.")]
             label = repr(item)
         else:
             raise TypeError(f"params contains a {type(item).__name__}, expected names, parameters or modules")
@@ -120,6 +126,10 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
             raise ValueError(f"params contains {label}, which is no parameter of the model that requires grad")
         chosen |= ids
     return {name: p for name, p in trainable.items() if id(p) in chosen}
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def require_independent_samples(model: nn.Module) -> None:
@@ -146,17 +156,21 @@ def require_independent_samples(model: nn.Module) -> None:
 _RANDOM = "The scores would be those of one random part of the network. Call model.eval() first"
 
 
+# The switches below are those of the whole process: two threads must not put back each other's.
+_SWITCHES = threading.RLock()
+
+
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Within it, layers run on kernels that have second derivatives: fused attention and recurrences have none."""
-    with contextlib.ExitStack() as stack:
+    """Within it, layers run on kernels that have second derivatives: fused, recurrent and compiled ones have none."""
+    with _SWITCHES, contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            # Not mkldnn.flags(enabled=False), which warns about settings that it touches on the way.
-            stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        if any(module._compiled_call_impl is not None for module in model.modules()):
+            # Not torch.backends.mkldnn.flags, which warns about settings that it touches on the way.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -166,12 +180,31 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
 
     Buffers are left as they are: layers that update theirs in training mode update copies.
     """
+    states = _random_states(model)
+    outputs = _call(model, inputs, name)
+    if any(not torch.equal(a, b) for a, b in zip(states, _random_states(model), strict=True)):
+        # Somebody drew random numbers: another thread, a model that does not use them, or one that does.
+        with torch.no_grad():
+            again = _call(model, inputs, name)
+        if not torch.allclose(
+            outputs, again, rtol=1e-2, atol=1e-3 * float(outputs.detach().abs().max()), equal_nan=True
+        ):
+            raise ValueError(f"the model's outputs on {name} are random. {_RANDOM}")
+    return outputs
+
+
+def _random_states(model: nn.Module) -> list[Tensor]:
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
+
+
+def _call(model: nn.Module, inputs: Any, name: str) -> Tensor:
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     positional = (
         () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     )
-    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()} if model.training else {}
-    random_state = torch.get_rng_state()
+    updates_buffers = any(m.training for m in model.modules()) and not isinstance(model, torch.jit.ScriptModule)
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()} if updates_buffers else {}
     try:
         if buffers:
             outputs = torch.func.functional_call(model, buffers, positional, keywords)
@@ -181,9 +214,6 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
         if type(error) not in (RuntimeError, TypeError):
             raise
         raise type(error)(f"the model failed on the inputs of {name}: {error}") from error
-    if not torch.equal(torch.get_rng_state(), random_state):
-        torch.set_rng_state(random_state)
-        raise ValueError(f"the model draws random numbers on {name}. {_RANDOM}")
     outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the model returned a {type(outputs).__name__}, expected a tensor or something with logits")

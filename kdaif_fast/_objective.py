@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -22,9 +23,12 @@ from ._model import (
 )
 from ._tree import flatten, unflatten, wide_dtype
 
-# By how much v . J^T J v and |J v|^2 may differ, relative to their size. Far above what rounding does (TF32 included),
+# By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
 # far below what a missing derivative does.
 ADJOINT_TOLERANCE = 0.05
+
+# Models whose derivatives have been checked, with the parameters and the mode they were checked in.
+_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
 class Objective:
@@ -48,7 +52,7 @@ class Objective:
         require_independent_samples(model)
         self.parameters = select_parameters(model, params)
         self._tensors = list(self.parameters.values())
-        self._loss, self._name = loss, name
+        self._loss, self._name, self._model = loss, name, model
         with torch.inference_mode(False), torch.enable_grad(), twice_differentiable(model):
             self._batch = unpack_batch(batch, name)
             self.outputs = run_model(model, self._batch.inputs, name)
@@ -60,6 +64,8 @@ class Objective:
             if self.losses.shape[0] == 0:
                 raise ValueError(f"{name} has no samples")
             (self._output_grads,) = torch.autograd.grad(self.losses.sum(), self._cut, create_graph=True)
+            if not self._output_grads.requires_grad:
+                self._require_linear_loss()
 
     def _independent(self) -> str:
         return f"the model's outputs on {self._name} do not depend on the chosen parameters"
@@ -100,15 +106,6 @@ class Objective:
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
         pass, in Python.
         """
-        tangent = self._push(direction)
-        if not self._adjoint_checked:
-            self._check_adjoint(direction, tangent)
-            self._adjoint_checked = True
-        return tangent
-
-    _adjoint_checked = False
-
-    def _push(self, direction: Tensor) -> Tensor:
         dummy, (pulled, used) = self._transposed
         if not used:
             raise ValueError(self._independent())
@@ -116,26 +113,52 @@ class Objective:
         (tangent,) = torch.autograd.grad(pulled, dummy, [pieces[i] for i in used], retain_graph=True)
         return tangent
 
-    def _check_adjoint(self, direction: Tensor, tangent: Tensor) -> None:
-        """Raise RuntimeError if J v is not the transpose of J^T u.
+    def _require_linear_loss(self) -> None:
+        """Raise RuntimeError if the loss's gradient has no derivative although it changes with the outputs.
+
+        So do fused losses that form their gradient in the forward pass and only scale it in the backward pass.
+        """
+        moved = (self._cut + 0.01 * (self._cut.abs() + 1)).detach().requires_grad_()
+        losses = sample_losses(self._loss, moved, self._batch, self._name)
+        (grads,) = torch.autograd.grad(losses.sum(), moved)
+        if not torch.allclose(grads, self.output_grads, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise RuntimeError(
+                f"the loss on {self._name} has a gradient that is not differentiable itself, so there is no curvature. "
+                "Give one made of PyTorch's functions, or DistillationLoss"
+            )
+
+    def require_second_derivatives(self) -> None:
+        """Raise RuntimeError if J v is not the transpose of J^T u; once a model, as it costs a product.
 
         A layer whose backward pass is not itself differentiable (a custom autograd.Function, say) says nothing: its
         part of J v would just be missing.
         """
-        squared = tangent.double().square().sum()
-        error = (self.pull(tangent).double() @ direction.double() - squared).abs()
-        if squared.isfinite() and error > ADJOINT_TOLERANCE * squared:
-            raise RuntimeError(
-                f"the model's derivatives on {self._name} contradict each other: a layer's backward pass is not "
-                "differentiable itself. Look for custom autograd.Functions (once_differentiable, torch.no_grad)"
-            )
+        key = (*self.parameters, self._model.training)
+        if key in _checked.setdefault(self._model, set()) or self.outputs.dtype not in (torch.float32, torch.float64):
+            return  # in half precision rounding would say as much as a missing part
+        first = self._tensors[0]
+        count = sum(tensor.numel() for tensor in self._tensors)
+        signs = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+        direction = signs.to(device=first.device, dtype=wide_dtype(first.dtype))
+        tangent = self.push(direction)
+        size = tangent.abs().max()
+        # Outputs that do not depend on these parameters in truth have tangents of nothing but rounding.
+        if size > 1e3 * torch.finfo(tangent.dtype).eps * self.outputs.detach().abs().max():
+            unit = tangent / size
+            expected = (unit * tangent).sum()
+            if (self.pull(unit) @ direction - expected).abs() > ADJOINT_TOLERANCE * expected:
+                raise RuntimeError(
+                    f"the model's derivatives on {self._name} contradict each other: a layer's backward pass is not "
+                    "differentiable itself. Look for custom autograd.Functions (once_differentiable, torch.no_grad)"
+                )
+        _checked[self._model].add(key)
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, tuple[list[Tensor], list[int]]]:
         with torch.inference_mode(False), torch.enable_grad():
             dummy = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, self._tensors, dummy, create_graph=True, allow_unused=True)
-            return dummy, _differentiable(pulled)
+        return dummy, _differentiable(pulled)
 
     def loss_hessian(self, tangent: Tensor) -> Tensor:
         """Every sample's Hessian of the loss in the outputs, times its tangent: [N, ...] -> [N, ...]."""

@@ -11,7 +11,8 @@ PACKAGE = Path(kdaif_fast.__file__).parent
 
 # A room may import from itself and from the rooms below it. Private modules of the package are rooms of one file.
 BELOW = {
-    "_library": set(),
+    "_warn": set(),
+    "_library": {"_warn"},
     "_derive": {"_library"},
     "_tree": set(),
     "reference": set(),
@@ -22,7 +23,7 @@ BELOW = {
     "solvers": set(),
     "curvature": {"_objective", "_model", "_tree"},
     "per_sample": {"_objective", "_model", "_tree"},
-    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model"},
+    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_warn"},
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"demo", "info", "__init__"},

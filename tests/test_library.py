@@ -112,6 +112,7 @@ def test_missing_kernels_warn_once_and_everything_works(tmp_path):
         cwd=tmp_path,
     )
     assert result.stderr.count("MissingKernelsWarning") == 1
+    assert "<string>:" in result.stderr  # it points at the user's import
     assert result.stderr.count(reason) >= 2  # in the warning and in info
     assert numbers(result) == pytest.approx(numbers(python(USE)), rel=1e-5)
 

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import torch
 from torch import nn
 
@@ -6,10 +9,38 @@ from tests.cases import Recurrent
 
 
 def test_kernel_choices_are_put_back():
-    before = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    def switches():
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        return torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, flash
+
+    before = switches()
     with _model.twice_differentiable(Recurrent()):
-        assert not torch.backends.mkldnn.enabled
-    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == before
+        assert not any(switches())
+    assert switches() == before
+
+
+def test_threads_do_not_put_back_each_others_switches():
+    def work():
+        for _ in range(30):
+            with _model.twice_differentiable(Recurrent()):
+                time.sleep(0.001)
+
+    before = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def test_buffers_of_a_part_in_training_mode_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True))
+    model.eval()
+    model[2].train()
+    before = model[2].running_mean.clone()
+    _model.run_model(model, torch.randn(5, 4), "batch")
+    assert torch.equal(model[2].running_mean, before)
 
 
 def test_shared_parameters_appear_once():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .._model import Loss, Params
 from .._objective import Objective
+from .._warn import warn_user
 from ..curvature import CurvatureOperator, GaussNewton, Hessian, Identity
 from ..solvers import ConvergenceWarning, Solution, cg, check_limits
 
@@ -23,8 +23,8 @@ AUTO_DAMPING = 0.1
 AUTO_PROBES = 4
 """Products that the estimate of it costs."""
 
-LEAST_CURVATURE = 1e-7
-"""What the mean eigenvalue is taken to be at least; about float32's rounding of an eigenvalue of 1."""
+LEAST_DAMPING = 1e-6
+"""What "auto" damping is at least, relative to the largest eigenvalue: some ten times float32's rounding of it."""
 
 
 @overload
@@ -92,7 +92,7 @@ def influence_scores(
             products, no solve).
         solver: "cg".
         damping: added to every eigenvalue of C; for a loss with weight decay lambda/2 |theta|^2 it is lambda. "auto" is
-            0.1 times the mean eigenvalue of C (0 for "identity").
+            0.1 times the mean eigenvalue of C, and at least 1e-6 times the largest (0 for "identity").
         tol: the relative residual at which the solve stops; None spends exactly max_iter products, without a warning.
         max_iter: the most curvature products to spend.
         return_solution: also return the solve's `Solution`: residual, iterations, damping used.
@@ -104,7 +104,8 @@ def influence_scores(
         TypeError, ValueError: arguments that do not fit together; a model that mixes samples or draws at random
             (BatchNorm or Dropout in training mode); a loss that is not per sample; a sample whose loss is not finite.
             Each names the argument and what was expected.
-        RuntimeError: a layer whose backward pass is not differentiable itself.
+        RuntimeError: a layer or a loss whose backward pass is not differentiable itself (looked for at the first call
+            with a model in float32 or float64; activation checkpointing must be off).
 
     Warns:
         ConvergenceWarning: the solve did not reach `tol`, and by how much.
@@ -123,15 +124,16 @@ def influence_scores(
         >>> phi.shape, bool((phi > 0).any())
         (torch.Size([20]), True)
     """
-    if curvature not in CURVATURES:
+    if not isinstance(curvature, str) or curvature not in CURVATURES:
         raise ValueError(f"curvature is {curvature!r}, expected one of {', '.join(map(repr, CURVATURES))}")
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
     check_limits("influence", 0.0 if damping == "auto" else damping, tol, max_iter)
-    if params is not None and not isinstance(params, (str, Tensor, nn.Module)):
-        params = list(params)  # a generator would be empty the second time
+    if isinstance(params, Iterator):
+        params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
         train = _finite_objective(model, batch, loss, params, "batch")
+        train.require_second_derivatives()
         validation_grad = _finite_objective(model, val, loss, params, "val").gradient()
         solution = _solve(CURVATURES[curvature](None, train), validation_grad, solver, damping, tol, max_iter)
         phi = -train.dots(solution.x)
@@ -153,7 +155,7 @@ def _solve(
     max_iter: int,
 ) -> Solution:
     """(C + damping I)^-1 grad L_val."""
-    lam = _auto_damping(operator) if damping == "auto" else float(damping)
+    lam = _auto_damping(operator, validation_grad) if damping == "auto" else float(damping)
     if isinstance(operator, Identity):
         return Solution(validation_grad / (1 + lam), 0.0, 0, True, lam, "tolerance")
     solution = SOLVERS[solver](operator.matvec, validation_grad, damping=lam, tol=tol, max_iter=max_iter)
@@ -161,13 +163,15 @@ def _solve(
     return solution
 
 
-def _auto_damping(operator: CurvatureOperator) -> float:
+def _auto_damping(operator: CurvatureOperator, b: Tensor) -> float:
     if isinstance(operator, Identity):
         return 0.0
     mean = operator.mean_eigenvalue(probes=AUTO_PROBES)
     if isinstance(operator, GaussNewton):
-        # A model that fits its batch perfectly has no curvature left; the solve must still be possible.
-        return AUTO_DAMPING * max(mean, LEAST_CURVATURE)
+        # A model that fits its batch well has little curvature left, and that in few directions; the solve must still
+        # be possible in float32. |C b| / |b| is near the largest eigenvalue: b is not small along that direction.
+        largest = float(operator.matvec(b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny))
+        return max(AUTO_DAMPING * mean, LEAST_DAMPING * largest, LEAST_DAMPING**2)
     if mean <= 0:
         raise ValueError(
             f"damping is 'auto', but the Hessian's mean eigenvalue is {mean:.3g}: give damping as a number, or use "
@@ -178,15 +182,16 @@ def _auto_damping(operator: CurvatureOperator) -> float:
 
 def _warn_if_not_converged(operator: CurvatureOperator, solution: Solution, tol: float | None) -> None:
     reached = f"after {solution.iterations} products at relative residual {solution.residual:.2g}"
-    if solution.reason == "negative curvature":
+    damping = f"the curvature plus damping {solution.damping:.3g}"
+    if solution.reason == "negative curvature" and not isinstance(operator, GaussNewton):
         message = (
-            f"the curvature plus damping {solution.damping:.3g} is indefinite: conjugate gradients stopped {reached}. "
-            "Use more damping, or curvature='ggn', which is positive semi-definite"
+            f"{damping} is indefinite: conjugate gradients stopped {reached}. Use more damping, or curvature='ggn', "
+            "which is positive semi-definite"
         )
-    elif solution.reason == "singular":
+    elif solution.reason in ("negative curvature", "singular", "diverged"):
         message = (
-            f"the curvature plus damping {solution.damping:.3g} is singular: conjugate gradients stopped {reached}. "
-            "Use more damping, or damping='auto'"
+            f"{damping} is too near to singular for {solution.x.dtype}: conjugate gradients stopped {reached}. Use "
+            "more damping"
         )
     elif tol is not None and not solution.converged:
         message = (
@@ -195,8 +200,4 @@ def _warn_if_not_converged(operator: CurvatureOperator, solution: Solution, tol:
         )
     else:
         return
-    # Point at the first line outside of this package.
-    depth, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("kdaif_fast."):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, ConvergenceWarning, stacklevel=depth)
+    warn_user(message, ConvergenceWarning)

@@ -49,9 +49,14 @@ def sigmoid_weights(phi: Tensor, *, gamma: float = 10.0, scale: float | str = "r
         raise TypeError(f"gamma is {gamma!r}, expected a number >= 0")
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma is {gamma!r}, expected a finite number >= 0")
+    with torch.inference_mode(False):
+        return _sigmoid_weights(phi.clone() if phi.is_inference() else phi, float(gamma), scale)
+
+
+def _sigmoid_weights(phi: Tensor, gamma: float, scale: float | str) -> Tensor:
     width = _width(phi, scale)
     # 2 / (1 + exp(z)) without overflow.
-    return 2 * torch.sigmoid(-float(gamma) * torch.where(width == 0, phi, phi / width))
+    return 2 * torch.sigmoid(-gamma * torch.where(width == 0, phi, phi / width))
 
 
 def _width(phi: Tensor, scale: float | str) -> Tensor:

@@ -276,6 +276,7 @@ def kd_loss(
     if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
         # A teacher run in inference mode: autograd cannot keep such tensors, but copies of them.
         teacher_logits, labels = (x.clone() if x.is_inference() else x for x in (teacher_logits, labels))
+        weight = weight.clone() if weight is not None and weight.is_inference() else weight
     shape, V = labels.shape, student_logits.shape[-1]
     if labels.dim() != 1:
         student_logits, teacher_logits = student_logits.reshape(-1, V), teacher_logits.reshape(-1, V)

@@ -47,4 +47,5 @@ def per_sample_grad_dots(
         tensor([-0.5000, -1.0000])
     """
     objective = Objective(model, batch, loss, params)
+    objective.require_second_derivatives()
     return objective.dots(as_vector(direction, objective.parameters, "direction"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from .solution import Solution
 # A GPU is asked for the residual only now and then, since each look waits for it.
 LOOKS_EVERY = {"cpu": 1}
 LOOKS_EVERY_ELSEWHERE = 10
+
+# Residuals of conjugate gradients go up and down, but not by this much unless rounding has taken over.
+DIVERGED = 1e4
 
 
 def cg(
@@ -34,14 +37,15 @@ def cg(
         max_iter: the most products to spend.
 
     Returns:
-        The solution, with its residual. A direction along which C + damping I is negative, or zero to rounding, ends
-        the solve with what was reached before it (the right-hand side itself, if it is the first one) and the reason
-        "negative curvature" or "singular".
+        The solution, with its residual. A direction along which C + damping I is not positive ends the solve, with the
+        reason "negative curvature" (or "singular", if it is zero to rounding), and so does a residual that grows
+        without end ("diverged", as rounding makes it for matrices that are nearly singular). Then x is the iterate of
+        least residual; the right-hand side itself, if the very first direction was of that kind.
 
     Raises:
         TypeError, ValueError: b is no vector, or a number is no number or out of its range.
 
-    Memory: 4 vectors [P] and what matvec needs.
+    Memory: 5 vectors [P] and what matvec needs.
 
     Source: Hestenes and Stiefel 1952; stopping at negative curvature as in Steihaug 1983.
 
@@ -55,35 +59,41 @@ def cg(
     if b.dim() != 1:
         raise ValueError(f"cg: b has shape {tuple(b.shape)}, expected a vector [P]")
     check_limits("cg", damping, tol, max_iter)
-    x, r = torch.zeros_like(b), b.clone()
+    if tol is not None and not b.any():
+        return Solution(torch.zeros_like(b), 0.0, 0, True, damping, "tolerance")
+    tiny, epsilon = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
+    unit = b.abs().max().clamp(min=tiny)  # so that squares neither under- nor overflow
+    x, r = torch.zeros_like(b), b / unit
     p, rr = r.clone(), r @ r
     bb = rr.clone()
-    if tol is not None and float(bb) == 0:
-        return Solution(x, 0.0, 0, True, damping, "tolerance")
-    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
-    tiny, epsilon = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
+    best, best_rr = x.clone(), bb.clone()
     lowest, highest = torch.full_like(rr, math.inf), torch.zeros_like(rr)  # of p . A p / p . p so far
-    stopped = torch.zeros_like(rr, dtype=torch.bool)
+    stopped, diverged = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.bool)
+    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
     iterations, reason = 0, "max_iter"
     while iterations < max_iter:
         Ap = matvec(p)
         if damping:
             Ap = Ap.add(p, alpha=damping)
-        pAp = p @ Ap
-        quotient = pAp / (p @ p).clamp(min=tiny)
-        highest = torch.maximum(highest, quotient)
-        # A solve that is finished already (rr = 0) has p = 0, which says nothing of the matrix.
-        useless = (quotient <= epsilon * highest) & (rr > 0)
-        lowest = torch.where(useless & ~stopped, quotient, lowest)
-        # From there on every step is 0, so no look at the values is needed for stopping.
-        stopped |= useless
+        pAp, active = p @ Ap, rr > epsilon**2 * bb  # below that r is rounding, and p says nothing of the matrix
+        quotient = torch.where(active, pAp / (p @ p).clamp(min=tiny), math.inf)
+        lowest, highest = (
+            torch.minimum(lowest, quotient),
+            torch.where(active, torch.maximum(highest, quotient), highest),
+        )
+        # From here on every step is 0, so no look at the values is needed for stopping.
+        stopped |= ~(quotient > 0)
         if iterations == 0:
-            x = torch.where(stopped, b, x)
-        step = torch.where(stopped, 0, rr / pAp.clamp(min=tiny))
+            best = torch.where(stopped, r, best)
+        step = torch.where(stopped | ~active, 0, rr / torch.where(active, pAp, 1))
         x.addcmul_(p, step)
         r.addcmul_(Ap, step, value=-1)
         rr, previous = r @ r, rr
-        p.mul_(rr / previous.clamp(min=tiny)).add_(r)
+        better = rr < best_rr
+        best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
+        diverged |= ~(rr <= DIVERGED**2 * bb)
+        stopped |= diverged
+        p.mul_(torch.where(active, rr / previous.clamp(min=tiny), 0)).add_(r)
         iterations += 1
         if tol is not None and (iterations % looks_every == 0 or iterations == max_iter):
             if bool(stopped):
@@ -92,9 +102,12 @@ def cg(
                 reason = "tolerance"
                 break
     if bool(stopped):
-        reason = "negative curvature" if float(lowest) < -epsilon * float(highest) else "singular"
+        zero = 100 * epsilon * float(highest)
+        reason = "negative curvature" if float(lowest) < -zero else "diverged" if bool(diverged) else "singular"
+    if bool(stopped) or float(rr) > float(bb):
+        x, rr = best, best_rr
     residual = math.sqrt(float(rr) / float(bb)) if float(bb) else 0.0
-    return Solution(x, residual, iterations, reason == "tolerance", damping, reason)
+    return Solution(x * unit, residual, iterations, reason == "tolerance", damping, reason)
 
 
 def check_limits(name: str, damping: float, tol: float | None, max_iter: int) -> None:
@@ -107,7 +120,7 @@ def check_limits(name: str, damping: float, tol: float | None, max_iter: int) ->
         raise TypeError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
     if tol is not None and not 0 < tol < 1:
         raise ValueError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int):
+    if isinstance(max_iter, bool) or not isinstance(max_iter, Integral):
         raise TypeError(f"{name}: max_iter is {max_iter!r}, expected an int >= 1")
     if max_iter < 1:
         raise ValueError(f"{name}: max_iter is {max_iter!r}, expected at least 1")

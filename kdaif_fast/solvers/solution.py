@@ -15,7 +15,7 @@ class Solution(NamedTuple):
     """The solution of (C + damping I) x = b, and how good it is."""
 
     x: Tensor
-    """The solution [P]; if not converged, the last iterate."""
+    """The solution [P]; if not converged, the last iterate, or the best one if the solve went wrong."""
     residual: float
     """|b - (C + damping I) x| / |b|, as the solver's recurrence knows it."""
     iterations: int
@@ -25,4 +25,4 @@ class Solution(NamedTuple):
     damping: float
     """The damping that was used."""
     reason: str
-    """Why it stopped: "tolerance", "max_iter", "negative curvature" or "singular"."""
+    """Why it stopped: "tolerance", "max_iter", "negative curvature", "singular" or "diverged"."""

@@ -268,17 +268,21 @@ class TestForms:
         expected = influence_scores(model, batch, val, damping=0.1)
         assert torch.equal(influence_scores(Wrapper(), batch, val, damping=0.1), expected)
 
-    @pytest.mark.parametrize("how", ["wrapped", "in place"])
+    @pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
     def test_compiled_models(self, how):
         model, batch, val = make("mlp")
         expected = influence_scores(model, batch, val, damping=0.1)
+        compiled = model
         if how == "wrapped":
             compiled = torch.compile(model, backend="aot_eager")
-        else:
-            compiled = model
+        elif how == "in place":
             compiled.compile(backend="aot_eager")
+        else:
+            compiled[0] = torch.compile(model[0], backend="aot_eager")
         compiled(batch[0])
         assert torch.equal(influence_scores(compiled, batch, val, damping=0.1), expected)
+        names = [name for name, _ in compiled.named_parameters()]
+        assert torch.equal(influence_scores(compiled, batch, val, damping=0.1, params=names), expected)
 
     def test_inside_inference_mode_and_with_tensors_from_there(self):
         model, batch, val = make("mlp")
@@ -326,9 +330,27 @@ class TestSolve:
         phi = influence_scores(model, batch, val)
         assert phi.isfinite().all()
 
+    def test_defaults_on_a_well_trained_model(self):
+        """Little curvature in few directions: float32 must still be able to solve it."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        x = torch.randn(100, 20)
+        y = model(x).argmax(1)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # slow is allowed, wrong is not
+            phi, solution = influence_scores(model, (x, y), (x[:30], y[:30].roll(1)), return_solution=True)
+        assert phi.isfinite().all()
+        assert solution.reason in ("tolerance", "max_iter")
+        assert solution.residual < 0.5
+
     def test_warns_of_a_singular_matrix(self):
         model, batch, val = make("mlp")  # more parameters than the batch determines
-        with pytest.warns(ConvergenceWarning, match="singular") as caught:
+        with pytest.warns(ConvergenceWarning, match="too near to singular") as caught:
             phi = influence_scores(model, batch, val, damping=0.0, tol=1e-12, max_iter=3000)
         assert caught[0].filename == __file__
         assert phi.isfinite().all()
@@ -447,11 +469,55 @@ class TestBadInput:
                 return F.dropout(super().forward(x), 0.5, self.training)
 
         model = Dropping(4, 3).double()
-        state = torch.get_rng_state()
-        with pytest.raises(ValueError, match="draws random numbers on batch"):
+        with pytest.raises(ValueError, match="outputs on batch are random"):
             influence_scores(model, batch, val)
-        assert torch.equal(torch.get_rng_state(), state)
         influence_scores(model.eval(), batch, val, damping=0.1)
+
+    def test_drawing_without_using_is_allowed(self):
+        _, batch, val = make("mlp")
+
+        class LayerDrop(nn.Linear):
+            def forward(self, x):
+                skip = torch.rand([]) < 0.5 and self.training
+                return x[:, :3] if skip else super().forward(x)
+
+        influence_scores(LayerDrop(4, 3).double().eval(), batch, val, damping=0.1)
+
+    def test_loss_without_second_derivatives(self):
+        """Fused losses that store their gradient in the forward pass: no curvature, silently."""
+
+        class Fused(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, z, y):
+                ctx.save_for_backward(z.softmax(1) - F.one_hot(y, CLASSES))
+                return F.cross_entropy(z, y, reduction="none")
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad[:, None] * ctx.saved_tensors[0], None
+
+        model, batch, val = make("mlp")
+        with pytest.raises(RuntimeError, match="gradient that is not differentiable itself"):
+            influence_scores(model, batch, val, loss=Fused.apply, damping=0.1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_no_false_alarm_of_the_derivative_check(self, dtype):
+        large = nn.Linear(64, 10).to(dtype)
+        batch = (torch.randn(1000, 64) + 3).to(dtype), torch.randint(10, (1000,))
+        influence_scores(large, batch, batch, curvature="identity")
+        # The key's bias in attention has no effect, but for rounding.
+        attention = nn.MultiheadAttention(8, 2, batch_first=True).to(dtype).eval()
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention, self.key_bias = attention, nn.Parameter(torch.zeros(8, dtype=dtype))
+
+            def forward(self, x):
+                return self.attention(x, x + self.key_bias - self.key_bias.detach() * 0, x)[0].mean(1)
+
+        x = torch.randn(20, 5, 8).to(dtype), torch.randint(8, (20,))
+        influence_scores(Model(), x, x, curvature="identity", params=["key_bias"])
 
     def test_layer_without_second_derivatives(self):
         """Its part of the products would be missing, silently."""
@@ -478,6 +544,13 @@ class TestBadInput:
         _, batch, val = make("mlp")
         with pytest.raises(RuntimeError, match=r"custom autograd\.Functions"):
             influence_scores(Model().double(), batch, val, damping=0.1)
+
+    def test_arguments_of_the_wrong_kind(self):
+        model, batch, val = make("mlp")
+        with pytest.raises(ValueError, match=r"curvature is \['ggn'\]"):
+            influence_scores(model, batch, val, curvature=["ggn"])
+        with pytest.raises(TypeError, match="params is a int"):
+            influence_scores(model, batch, val, params=5)
 
     def test_parameters_that_are_not_used(self):
         model, batch, val = make("mlp")

@@ -41,6 +41,14 @@ def test_nothing_to_tell_apart(phi, w):
     assert sigmoid_weights(torch.tensor(phi)).tolist() == w
 
 
+def test_made_in_inference_mode_they_still_weight_a_loss():
+    with torch.inference_mode():
+        w = sigmoid_weights(torch.randn(3))
+    losses = torch.randn(3, requires_grad=True)
+    (w * losses).sum().backward()
+    assert torch.equal(losses.grad, w)
+
+
 def test_scores_of_one_sign():
     w = sigmoid_weights(torch.tensor([1.0, 1.001, 1.002]))
     assert ((w > 0) & (w < 1)).all()

@@ -416,9 +416,12 @@ class TestConvenience:
         student.requires_grad_()
         with torch.inference_mode():
             made_there = teacher * 1
-        (ours,) = torch.autograd.grad(kd_loss(student, made_there, labels, reduction="mean"), student)
-        (expected,) = torch.autograd.grad(kd_loss(student, teacher, labels, reduction="mean"), student)
-        assert torch.equal(ours, expected)
+            weight = torch.ones(5, dtype=torch.float64)
+        for reduction in ("sum", "mean"):
+            loss = kd_loss(student, made_there, labels, weight=weight, reduction=reduction)
+            (ours,) = torch.autograd.grad(loss, student)
+            (expected,) = torch.autograd.grad(kd_loss(student, teacher, labels, reduction=reduction), student)
+            assert torch.equal(ours, expected)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize("factor", [2.0**16, 0.5, 0.3])

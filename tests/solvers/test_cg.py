@@ -52,7 +52,7 @@ def test_negative_curvature_is_reported_and_harmless():
         assert (solution.converged, solution.reason) == (False, "negative curvature")
         assert solution.x.isfinite().all()
     negative = cg(lambda v: -v, b)
-    assert torch.equal(negative.x, b)  # nothing could be done: the right-hand side itself
+    torch.testing.assert_close(negative.x, b)  # nothing could be done: the right-hand side itself
     assert negative.iterations == 1
     assert cg(lambda v: C @ v, b, damping=200.0, tol=1e-8).converged  # enough damping makes it definite
 
@@ -64,10 +64,27 @@ def test_zero_curvature_is_reported_and_harmless():
     a = torch.randn(30)
     for options in ({"tol": 1e-6}, {"tol": None, "max_iter": 100}):
         solution = cg(lambda v: a * (a @ v), torch.randn(30), **options)  # rank 1
-        assert solution.reason == "singular"
+        assert solution.reason in ("singular", "diverged", "negative curvature")
         assert solution.x.isfinite().all()
+        assert solution.residual <= 1  # no worse than doing nothing
         assert not solution.converged
     assert cg(lambda v: a * (a @ v), torch.randn(30), damping=0.1, tol=1e-5).converged
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1.0, 1e25])
+def test_size_of_the_right_hand_side_does_not_matter(size):
+    C, b = system()
+    C, b = C.float(), b.float()
+    solution = cg(lambda v: C @ v, size * b, tol=1e-4)
+    assert solution.converged
+    torch.testing.assert_close(solution.x / size, cg(lambda v: C @ v, b, tol=1e-4).x, rtol=1e-2, atol=1e-4)
+
+
+def test_little_damping_alone_is_solved_in_one_step_and_stays_there():
+    b = torch.randn(50)
+    solution = cg(lambda v: 0 * v, b, damping=1e-8, tol=None, max_iter=5)
+    assert solution.reason == "max_iter"
+    torch.testing.assert_close(solution.x, b * 1e8)
 
 
 def test_zero_right_hand_side():

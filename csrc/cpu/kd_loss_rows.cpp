@@ -45,11 +45,16 @@ template <class T, class F> KDAIF_INLINE const F* as_float(const T* row, F* buff
   }
 }
 
+// NaN if the row has one: then the row's sums, and with them all of its results, are NaN too.
 template <class F> KDAIF_INLINE F row_max(const F* x, int64_t V) {
-  F m = x[0];
-#pragma omp simd reduction(max : m)
-  for (int64_t v = 0; v < V; ++v) m = x[v] > m ? x[v] : m;
-  return m;
+  F m = -F(INFINITY);
+  int unordered = 0;
+#pragma omp simd reduction(max : m) reduction(| : unordered)
+  for (int64_t v = 0; v < V; ++v) {
+    m = x[v] > m ? x[v] : m;
+    unordered |= x[v] != x[v];
+  }
+  return unordered ? F(NAN) : m;
 }
 
 template <int POWER, class F> KDAIF_INLINE F integer_power(F x) {

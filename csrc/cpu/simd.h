@@ -9,9 +9,9 @@
 
 namespace kdaif {
 
-// 2^t for t <= 0; 0 below the smallest normal number, NaN for NaN. Polynomials of least maximal relative error on
+// 2^t for t <= 0; 0 below the smallest normal number. Polynomials of least maximal relative error on
 // [-1/2, 1/2] (Remez): 1.9e-9 and 3.1e-18, so rounding dominates: below 2 ulp.
-// (NaN needs its own case: integer addition could carry out of its payload and make a number of it.)
+// NaN gives NaN only if its low bits are 0, else whatever the integer addition makes of them: rows look for NaN before.
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves that integer in the low bits, which needs neither a
 // rounding nor a conversion instruction (SSE2 has no vector form of either).
 KDAIF_INLINE float exp2_nonpositive(float t) {
@@ -27,7 +27,7 @@ KDAIF_INLINE float exp2_nonpositive(float t) {
   p = p * r + 6.931472057373e-1f;
   p = p * r + 1.0f;
   const float power = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
-  return t < lowest ? 0.0f : t == t ? power : t;
+  return t < lowest ? 0.0f : power;
 }
 KDAIF_INLINE double exp2_nonpositive(double t) {
   constexpr double lowest = -1021.0, magic = 6755399441055744.0;
@@ -47,7 +47,7 @@ KDAIF_INLINE double exp2_nonpositive(double t) {
   p = p * r + 6.931471805599453305e-1;
   p = p * r + 1.0;
   const double power = bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
-  return t < lowest ? 0.0 : t == t ? power : t;
+  return t < lowest ? 0.0 : power;
 }
 
 }  // namespace kdaif

@@ -1,21 +1,18 @@
 // kd_loss, its gradient and its Hessian-vector product on the CPU: checks, threads and registration. The loops are in
 // kd_loss_rows.cpp, the formulas in common/kd_loss_math.h, the definition in kdaif_fast/reference/kd_loss.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <string>
 #include <tuple>
 
+#include "common/kd_loss_tensors.h"
 #include "cpu/kd_loss_rows.h"
 #include "cpu/level.h"
 
 namespace {
 
-using kdaif::ElementType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace kdaif;
 
 ElementType element_type(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -27,33 +24,10 @@ ElementType element_type(const Tensor& x) {
   }
 }
 
-ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Rows may lie any distance apart; only elements within a row must be neighbours.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
-}
-
-Tensor new_rows(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {like.size(0)}, type); }
-
-// What would read or write outside a tensor is refused here, whoever calls; friendlier messages come from Python.
-void check(const Tensor& student, const Tensor& other, const Tensor& scale) {
-  const int64_t N = student.size(0), V = student.size(1);
-  STD_TORCH_CHECK(other.dim() == 2 && other.size(0) == N && other.size(1) == V, "kd_loss: logits differ in shape");
-  STD_TORCH_CHECK(other.scalar_type() == student.scalar_type(), "kd_loss: logits differ in dtype");
-  STD_TORCH_CHECK(V > 0, "kd_loss: logits have no classes");
-  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == N && scale.scalar_type() == accumulation_type(student),
-                  "kd_loss: one value per row expected, in the accumulation dtype");
-}
-
-void check_labels(const Tensor& labels, int64_t N, int64_t V) {
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == N && labels.scalar_type() == ScalarType::Long,
-                  "kd_loss: labels must be int64 [N]");
-  const int64_t* y = labels.const_data_ptr<int64_t>();
+void check_label_values(const int64_t* labels, int64_t N, int64_t V) {
   for (int64_t i = 0; i < N; ++i)
-    STD_TORCH_CHECK(y[i] >= 0 && y[i] < V, "kd_loss: labels[", i, "] = ", y[i], ", expected 0 <= label < ", V);
+    STD_TORCH_CHECK(labels[i] >= 0 && labels[i] < V, "kd_loss: labels[", i, "] = ", labels[i],
+                    ", expected 0 <= label < ", V);
 }
 
 // About 16k elements a task: below that, waking a thread costs more than the work.
@@ -61,12 +35,13 @@ int64_t grain(int64_t V) { return std::max<int64_t>(1, 16384 / V); }
 
 void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, const Tensor& scale_,
          double temperature, double alpha, const Tensor* loss, const Tensor* grad) {
-  check(student_, teacher_, scale_);
+  check_logits(student_, teacher_, scale_);
+  check_labels(labels_, student_);
   const Tensor student = with_dense_rows(student_), teacher = with_dense_rows(teacher_);
   const Tensor labels = torch::stable::contiguous(labels_), scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
-  check_labels(labels, N, V);
-  const kdaif::KdLossRows rows{student.const_data_ptr(),
+  check_label_values(labels.const_data_ptr<int64_t>(), N, V);
+  const KdLossRows rows{student.const_data_ptr(),
                                teacher.const_data_ptr(),
                                labels.const_data_ptr<int64_t>(),
                                scale.const_data_ptr(),
@@ -85,34 +60,34 @@ void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, 
 
 Tensor kd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& weight,
                double temperature, double alpha) {
-  const Tensor loss = new_rows(student, accumulation_type(student));
+  const Tensor loss = new_loss(student);
   run(student, teacher, labels, weight, temperature, alpha, &loss, nullptr);
   return loss;
 }
 
 std::tuple<Tensor, Tensor> kd_loss_with_grad(const Tensor& student, const Tensor& teacher, const Tensor& labels,
                                              const Tensor& weight, double temperature, double alpha) {
-  const Tensor loss = new_rows(student, accumulation_type(student));
-  const Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  const Tensor loss = new_loss(student);
+  const Tensor grad = new_logits(student);
   run(student, teacher, labels, weight, temperature, alpha, &loss, &grad);
   return {loss, grad};
 }
 
 Tensor kd_loss_grad(const Tensor& grad_output, const Tensor& student, const Tensor& teacher, const Tensor& labels,
                     double temperature, double alpha) {
-  const Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  const Tensor grad = new_logits(student);
   run(student, teacher, labels, grad_output, temperature, alpha, nullptr, &grad);
   return grad;
 }
 
 Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Tensor& student_, double temperature,
                    double alpha) {
-  check(student_, tangent_, grad_output_);
+  check_logits(student_, tangent_, grad_output_);
   const Tensor student = with_dense_rows(student_), tangent = with_dense_rows(tangent_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const int64_t N = student.size(0), V = student.size(1);
-  const Tensor out = torch::stable::new_empty(student, {N, V});
-  const kdaif::KdLossHvpRows rows{student.const_data_ptr(),  tangent.const_data_ptr(), grad_output.const_data_ptr(),
+  const Tensor out = new_logits(student);
+  const KdLossHvpRows rows{student.const_data_ptr(),  tangent.const_data_ptr(), grad_output.const_data_ptr(),
                                   out.mutable_data_ptr(),    student.stride(0),        tangent.stride(0),
                                   V,                         temperature,              alpha};
   const ElementType type = element_type(student);
@@ -122,7 +97,7 @@ Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Ten
   return out;
 }
 
-std::string cpu_level() { return kdaif::level_name(); }
+std::string cpu_level() { return level_name(); }
 
 }  // namespace
 

@@ -5,17 +5,15 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
+#include "common/kd_loss_tensors.h"
 #include "cuda/kd_loss.cuh"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace kdaif;
 
 // Not torch::stable's getCurrentStream().id(): before torch 2.13 that is no handle.
 cudaStream_t current_stream(const Tensor& x) {
@@ -24,47 +22,22 @@ cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Rows may lie any distance apart; only elements within a row must be neighbours.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
-}
-
-Tensor new_rows(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.size(0)}, accumulation_type(like));
-}
-
-Tensor new_logits(const Tensor& like) { return torch::stable::new_empty(like, {like.size(0), like.size(1)}); }
-
-void check(const Tensor& student, const Tensor& other, const Tensor& scale) {
-  const int64_t N = student.size(0), V = student.size(1);
-  STD_TORCH_CHECK(other.dim() == 2 && other.size(0) == N && other.size(1) == V, "kd_loss: logits differ in shape");
-  STD_TORCH_CHECK(other.scalar_type() == student.scalar_type(), "kd_loss: logits differ in dtype");
-  STD_TORCH_CHECK(V > 0, "kd_loss: logits have no classes");
-  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == N && scale.scalar_type() == accumulation_type(student),
-                  "kd_loss: one value per row expected, in the accumulation dtype");
-}
-
 // Calls body with a value of the logits' element type.
 template <class Body>
 void for_type(const Tensor& x, Body body) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return body(float());
     case ScalarType::Double: return body(double());
-    case ScalarType::BFloat16: return body(kdaif::bfloat16());
-    case ScalarType::Half: return body(kdaif::float16());
+    case ScalarType::BFloat16: return body(bfloat16());
+    case ScalarType::Half: return body(float16());
     default: STD_TORCH_CHECK(false, "kd_loss: logits must be float32, float64, bfloat16 or float16");
   }
 }
 
 void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, const Tensor& scale_,
          double temperature, double alpha, const Tensor* loss, const Tensor* grad) {
-  check(student_, teacher_, scale_);
-  STD_TORCH_CHECK(labels_.dim() == 1 && labels_.size(0) == student_.size(0) && labels_.scalar_type() == ScalarType::Long,
-                  "kd_loss: labels must be int64 [N]");
+  check_logits(student_, teacher_, scale_);
+  check_labels(labels_, student_);
   const Tensor student = with_dense_rows(student_), teacher = with_dense_rows(teacher_);
   const Tensor labels = torch::stable::contiguous(labels_), scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
@@ -72,8 +45,8 @@ void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, 
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   for_type(student, [&](auto element) {
     using T = decltype(element);
-    using F = typename kdaif::Accumulate<T>::type;
-    kdaif::kd_loss_kernel<T, F><<<kdaif::blocks_for(N), kdaif::threads_for(V), 0, current_stream(student)>>>(
+    using F = typename Accumulate<T>::type;
+    kd_loss_kernel<T, F><<<blocks_for(N), threads_for(V), 0, current_stream(student)>>>(
         static_cast<const T*>(student.const_data_ptr()), static_cast<const T*>(teacher.const_data_ptr()),
         labels.const_data_ptr<int64_t>(), static_cast<const F*>(scale.const_data_ptr()),
         loss ? static_cast<F*>(loss->mutable_data_ptr()) : nullptr,
@@ -85,14 +58,14 @@ void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, 
 
 Tensor kd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& weight,
                double temperature, double alpha) {
-  const Tensor loss = new_rows(student);
+  const Tensor loss = new_loss(student);
   run(student, teacher, labels, weight, temperature, alpha, &loss, nullptr);
   return loss;
 }
 
 std::tuple<Tensor, Tensor> kd_loss_with_grad(const Tensor& student, const Tensor& teacher, const Tensor& labels,
                                              const Tensor& weight, double temperature, double alpha) {
-  const Tensor loss = new_rows(student), grad = new_logits(student);
+  const Tensor loss = new_loss(student), grad = new_logits(student);
   run(student, teacher, labels, weight, temperature, alpha, &loss, &grad);
   return {loss, grad};
 }
@@ -106,7 +79,7 @@ Tensor kd_loss_grad(const Tensor& grad_output, const Tensor& student, const Tens
 
 Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Tensor& student_, double temperature,
                    double alpha) {
-  check(student_, tangent_, grad_output_);
+  check_logits(student_, tangent_, grad_output_);
   const Tensor student = with_dense_rows(student_), tangent = with_dense_rows(tangent_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   const int64_t N = student.size(0), V = student.size(1);
@@ -115,8 +88,8 @@ Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Ten
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   for_type(student, [&](auto element) {
     using T = decltype(element);
-    using F = typename kdaif::Accumulate<T>::type;
-    kdaif::kd_loss_hvp_kernel<T, F><<<kdaif::blocks_for(N), kdaif::threads_for(V), 0, current_stream(student)>>>(
+    using F = typename Accumulate<T>::type;
+    kd_loss_hvp_kernel<T, F><<<blocks_for(N), threads_for(V), 0, current_stream(student)>>>(
         static_cast<const T*>(student.const_data_ptr()), static_cast<const T*>(tangent.const_data_ptr()),
         static_cast<const F*>(grad_output.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), N, V,
         student.stride(0), tangent.stride(0), F(temperature), F(alpha));

@@ -109,7 +109,8 @@ def _is_tracked(args: Sequence[Any]) -> bool:
     """Whether anything may be differentiating: `requires_grad` alone would miss transforms and compilers."""
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return True
-    return any(isinstance(a, Tensor) and (a.requires_grad or _is_wrapped(a)) for a in args)
+    grad_mode = torch.is_grad_enabled()
+    return any(isinstance(a, Tensor) and ((a.requires_grad and grad_mode) or _is_wrapped(a)) for a in args)
 
 
 def _single_level_function(op: Any, rules: Rules) -> Any:

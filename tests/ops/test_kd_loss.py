@@ -242,6 +242,19 @@ class TestConvenience:
             assert ours[[1, 3]].isnan().all()
             assert torch.equal(ours[[0, 2]], right[[0, 2]])
 
+    @needs_kernels
+    def test_forms_a_gradient_only_where_one_may_be_wanted(self):
+        student, teacher, labels, _ = inputs(5, 4)
+        student.requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.no_grad():
+                kd_loss(student, teacher, labels)
+            kd_loss(student.detach(), teacher, labels)
+        assert not any("with_grad" in event.key for event in profile.key_averages())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            kd_loss(student, teacher, labels)
+        assert any("with_grad" in event.key for event in profile.key_averages())
+
     def test_works_without_gradients_and_in_inference_mode(self):
         student, teacher, labels, _ = inputs(5, 4)
         expected = kd_loss(student, teacher, labels)

@@ -4,9 +4,8 @@
 
 #include <algorithm>
 #include <string>
-#include <tuple>
 
-#include "common/kd_loss_tensors.h"
+#include "common/kd_loss_ops.h"
 #include "cpu/kd_loss_rows.h"
 #include "cpu/level.h"
 
@@ -35,8 +34,6 @@ int64_t grain(int64_t V) { return std::max<int64_t>(1, 16384 / V); }
 
 void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, const Tensor& scale_,
          double temperature, double alpha, const Tensor* loss, const Tensor* grad) {
-  check_logits(student_, teacher_, scale_);
-  check_labels(labels_, student_);
   const Tensor student = with_dense_rows(student_), teacher = with_dense_rows(teacher_);
   const Tensor labels = torch::stable::contiguous(labels_), scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
@@ -58,55 +55,31 @@ void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, 
   });
 }
 
-Tensor kd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& weight,
-               double temperature, double alpha) {
-  const Tensor loss = new_loss(student);
-  run(student, teacher, labels, weight, temperature, alpha, &loss, nullptr);
-  return loss;
-}
-
-std::tuple<Tensor, Tensor> kd_loss_with_grad(const Tensor& student, const Tensor& teacher, const Tensor& labels,
-                                             const Tensor& weight, double temperature, double alpha) {
-  const Tensor loss = new_loss(student);
-  const Tensor grad = new_logits(student);
-  run(student, teacher, labels, weight, temperature, alpha, &loss, &grad);
-  return {loss, grad};
-}
-
-Tensor kd_loss_grad(const Tensor& grad_output, const Tensor& student, const Tensor& teacher, const Tensor& labels,
-                    double temperature, double alpha) {
-  const Tensor grad = new_logits(student);
-  run(student, teacher, labels, grad_output, temperature, alpha, nullptr, &grad);
-  return grad;
-}
-
-Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Tensor& student_, double temperature,
-                   double alpha) {
-  check_logits(student_, tangent_, grad_output_);
+void run_hvp(const Tensor& scale_, const Tensor& tangent_, const Tensor& student_, double temperature, double alpha,
+             const Tensor& out) {
   const Tensor student = with_dense_rows(student_), tangent = with_dense_rows(tangent_);
-  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  const Tensor scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
-  const Tensor out = new_logits(student);
-  const KdLossHvpRows rows{student.const_data_ptr(),  tangent.const_data_ptr(), grad_output.const_data_ptr(),
-                                  out.mutable_data_ptr(),    student.stride(0),        tangent.stride(0),
-                                  V,                         temperature,              alpha};
+  const KdLossHvpRows rows{student.const_data_ptr(),
+                           tangent.const_data_ptr(),
+                           scale.const_data_ptr(),
+                           out.mutable_data_ptr(),
+                           student.stride(0),
+                           tangent.stride(0),
+                           V,
+                           temperature,
+                           alpha};
   const ElementType type = element_type(student);
   torch::stable::parallel_for(0, N, grain(V), [&](int64_t begin, int64_t end) {
     KDAIF_CALL_LEVEL(kd_loss_hvp_rows, rows, type, begin, end);
   });
-  return out;
 }
 
 std::string cpu_level() { return level_name(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CPU, m) {
-  m.impl("kd_loss", TORCH_BOX(&kd_loss));
-  m.impl("kd_loss_with_grad", TORCH_BOX(&kd_loss_with_grad));
-  m.impl("kd_loss_grad", TORCH_BOX(&kd_loss_grad));
-  m.impl("kd_loss_hvp", TORCH_BOX(&kd_loss_hvp));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CPU, m) { KDAIF_REGISTER_KD_LOSS(m, run, run_hvp) }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdaif_fast, m) { m.def("cpu_level() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }

@@ -6,9 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <tuple>
-
-#include "common/kd_loss_tensors.h"
+#include "common/kd_loss_ops.h"
 #include "cuda/kd_loss.cuh"
 
 namespace {
@@ -36,8 +34,6 @@ void for_type(const Tensor& x, Body body) {
 
 void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, const Tensor& scale_,
          double temperature, double alpha, const Tensor* loss, const Tensor* grad) {
-  check_logits(student_, teacher_, scale_);
-  check_labels(labels_, student_);
   const Tensor student = with_dense_rows(student_), teacher = with_dense_rows(teacher_);
   const Tensor labels = torch::stable::contiguous(labels_), scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
@@ -56,53 +52,24 @@ void run(const Tensor& student_, const Tensor& teacher_, const Tensor& labels_, 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor kd_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const Tensor& weight,
-               double temperature, double alpha) {
-  const Tensor loss = new_loss(student);
-  run(student, teacher, labels, weight, temperature, alpha, &loss, nullptr);
-  return loss;
-}
-
-std::tuple<Tensor, Tensor> kd_loss_with_grad(const Tensor& student, const Tensor& teacher, const Tensor& labels,
-                                             const Tensor& weight, double temperature, double alpha) {
-  const Tensor loss = new_loss(student), grad = new_logits(student);
-  run(student, teacher, labels, weight, temperature, alpha, &loss, &grad);
-  return {loss, grad};
-}
-
-Tensor kd_loss_grad(const Tensor& grad_output, const Tensor& student, const Tensor& teacher, const Tensor& labels,
-                    double temperature, double alpha) {
-  const Tensor grad = new_logits(student);
-  run(student, teacher, labels, grad_output, temperature, alpha, nullptr, &grad);
-  return grad;
-}
-
-Tensor kd_loss_hvp(const Tensor& grad_output_, const Tensor& tangent_, const Tensor& student_, double temperature,
-                   double alpha) {
-  check_logits(student_, tangent_, grad_output_);
+void run_hvp(const Tensor& scale_, const Tensor& tangent_, const Tensor& student_, double temperature, double alpha,
+             const Tensor& out) {
   const Tensor student = with_dense_rows(student_), tangent = with_dense_rows(tangent_);
-  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  const Tensor scale = torch::stable::contiguous(scale_);
   const int64_t N = student.size(0), V = student.size(1);
-  const Tensor out = new_logits(student);
-  if (N == 0) return out;
+  if (N == 0) return;
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   for_type(student, [&](auto element) {
     using T = decltype(element);
     using F = typename Accumulate<T>::type;
     kd_loss_hvp_kernel<T, F><<<blocks_for(N), threads_for(V), 0, current_stream(student)>>>(
         static_cast<const T*>(student.const_data_ptr()), static_cast<const T*>(tangent.const_data_ptr()),
-        static_cast<const F*>(grad_output.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), N, V,
+        static_cast<const F*>(scale.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), N, V,
         student.stride(0), tangent.stride(0), F(temperature), F(alpha));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CUDA, m) {
-  m.impl("kd_loss", TORCH_BOX(&kd_loss));
-  m.impl("kd_loss_with_grad", TORCH_BOX(&kd_loss_with_grad));
-  m.impl("kd_loss_grad", TORCH_BOX(&kd_loss_grad));
-  m.impl("kd_loss_hvp", TORCH_BOX(&kd_loss_hvp));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CUDA, m) { KDAIF_REGISTER_KD_LOSS(m, run, run_hvp) }

@@ -72,7 +72,7 @@ def settings(student: Tensor, rows: Tensor | None, numbers: Sequence[float]) -> 
 
 
 def log(p: Tensor) -> Tensor:
-    """log(p), -inf with no NaN in its derivatives where p is 0."""
+    """The logarithm; where p is 0, -inf without a NaN in its derivatives."""
     return torch.where(p > 0, p, 1).log().masked_fill(p == 0, -math.inf)
 
 

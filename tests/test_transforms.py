@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-import kdaif_fast
 from kdaif_fast import _derive
+from kdaif_fast.ops import kd_loss, row_rules
 from kdaif_fast.ops import row_ops as ops
-from kdaif_fast.ops import row_rules
 from kdaif_fast.reference import row_divergence as reference
 from tests.ops.row_cases import ALL, arguments, plain_arguments
 from tests.ops.row_cases import CASES as ROW_CASES
@@ -185,7 +184,7 @@ def test_compiled_backward(backend):
     torch.compiler.reset()
 
     def training_loss(s, t, y, w):
-        return kdaif_fast.ops.kd_loss(s * 2, t, y, weight=w, temperature=T, alpha=ALPHA, reduction="mean")
+        return kd_loss(s * 2, t, y, weight=w, temperature=T, alpha=ALPHA, reduction="mean")
 
     leaves = [x.clone().requires_grad_() for x in (STUDENT, TEACHER, WEIGHT)]
     compiled = torch.compile(training_loss, fullgraph=True, backend=backend)
@@ -200,7 +199,7 @@ def test_compiled_backward(backend):
 def test_compiled_with_dynamic_shapes():
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda s, t, y: kdaif_fast.ops.kd_loss(s, t, y, temperature=T).sum(),
+        lambda s, t, y: kd_loss(s, t, y, temperature=T).sum(),
         fullgraph=True,
         dynamic=True,
         backend="aot_eager",
@@ -226,7 +225,7 @@ def test_per_sample_gradients_of_a_model():
     per_sample = [
         vmap(grad(lambda *a, f=f: sample_loss(f, *a)), in_dims=(None, 0, 0, 0))(parameters, x, TEACHER, LABELS)
         for f in (
-            lambda s, t, y: kdaif_fast.ops.kd_loss(s, t, y, temperature=T),
+            lambda s, t, y: kd_loss(s, t, y, temperature=T),
             lambda s, t, y: reference.row_divergence(*plain_arguments(s, t, y, None, T)),
         )
     ]
@@ -239,7 +238,7 @@ def test_dtypes_under_transforms(dtype):
     s, t = STUDENT.to(dtype), TEACHER.to(dtype)
 
     def loss(s):
-        return kdaif_fast.ops.kd_loss(s, t, LABELS, temperature=T).sum()
+        return kd_loss(s, t, LABELS, temperature=T).sum()
 
     expected = grad(lambda s: reference.row_divergence(*plain_arguments(s, t.double(), LABELS, None, T)).sum())(
         s.double()
@@ -254,13 +253,9 @@ def test_dtypes_under_transforms(dtype):
 def test_no_rows_and_empty_batches():
     empty = torch.zeros(0, V, dtype=torch.float64)
     labels = torch.zeros(0, dtype=torch.int64)
-    assert jacrev(lambda s: kdaif_fast.ops.kd_loss(s, s.detach(), labels))(empty).shape == (0, 0, V)
-    assert vmap(lambda s: kdaif_fast.ops.kd_loss(s, TEACHER, LABELS))(
-        torch.zeros(2, N, V, dtype=torch.float64)
-    ).shape == (2, N)
-    assert vmap(lambda s: kdaif_fast.ops.kd_loss(s, empty, labels))(
-        torch.zeros(2, 0, V, dtype=torch.float64)
-    ).shape == (2, 0)
+    assert jacrev(lambda s: kd_loss(s, s.detach(), labels))(empty).shape == (0, 0, V)
+    assert vmap(lambda s: kd_loss(s, TEACHER, LABELS))(torch.zeros(2, N, V, dtype=torch.float64)).shape == (2, N)
+    assert vmap(lambda s: kd_loss(s, empty, labels))(torch.zeros(2, 0, V, dtype=torch.float64)).shape == (2, 0)
 
 
 COLD_STARTS = {
@@ -317,7 +312,7 @@ class TestWithoutRules:
     @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap of grad"])
     def test_falls_back(self, broken, transform):
         def f(s):
-            return kdaif_fast.ops.kd_loss(s, TEACHER, LABELS, weight=WEIGHT, temperature=T, alpha=ALPHA)
+            return kd_loss(s, TEACHER, LABELS, weight=WEIGHT, temperature=T, alpha=ALPHA)
 
         expected = TRANSFORMS[transform](CASES["loss in student"][1])(STUDENT)
         torch.testing.assert_close(TRANSFORMS[transform](f)(STUDENT), expected)

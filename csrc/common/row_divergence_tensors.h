@@ -117,7 +117,7 @@ inline HeldRowDivergence hold(const RowInputs& in) {
   }
   const bool needs_label = d.exclude_label || d.kind == DECOUPLED;
   STD_TORCH_CHECK(in.labels.has_value() || !needs_label, "row_divergence: labels are needed to leave them out");
-  STD_TORCH_CHECK(in.labels.has_value() || in.soft_labels.has_value() || (!in.rows.has_value() && d.ce == 0 && !d.mixes),
+  STD_TORCH_CHECK(in.labels.has_value() || in.soft_labels.has_value() || in.rows.has_value() || d.ce == 0,
                   "row_divergence: labels or soft_labels are needed");
   STD_TORCH_CHECK(d.form == LOGITS || !is_between_logits(d.kind), "row_divergence: a divergence between logits needs logits");
   return h;

@@ -138,6 +138,7 @@ template <class T> void products_of(const RowDivergence& d, const RowTangents& k
   for (int64_t i = begin; i < end; ++i) {
     RowSettings<F> r = row_settings<F>(d, i);
     if (d.teacher == nullptr) r.kd = r.other = 0;
+    if (d.labels == nullptr && d.soft_labels == nullptr) r.ce = 0;
     const bool ignored = d.labels != nullptr && d.labels[i] == d.ignore_index;
     const bool nothing = ignored || (r.ce == 0 && !wants_divergence(d, r));
     Curvature<F> curve;

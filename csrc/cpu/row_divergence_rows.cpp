@@ -26,6 +26,7 @@ template <class T> void rows_of(const RowDivergence& d, const RowResults& result
     T* grad = grad_wanted ? static_cast<T*>(results.grad) + i * d.V : nullptr;
     RowSettings<F> r = row_settings<F>(d, i);
     if (d.teacher == nullptr) r.kd = r.other = 0;
+    if (d.labels == nullptr && d.soft_labels == nullptr) r.ce = 0;
     if ((d.labels != nullptr && d.labels[i] == d.ignore_index) || (r.ce == 0 && !wants_divergence(d, r))) {
       no_row(d, loss, grad);
       continue;

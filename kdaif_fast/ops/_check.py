@@ -83,6 +83,14 @@ def are_labels(op: str, name: str, value: Tensor, classes: int, ignore_index: in
         raise ValueError(f"{op}: {name}[{index}] is {label}, expected 0 <= label < {classes} (the number of classes)")
 
 
+def are_positive(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError at the first value that is not a positive finite number. Looks at the values."""
+    bad = (~((value > 0) & value.isfinite())).flatten().nonzero()
+    if len(bad):
+        index = int(bad[0])
+        raise ValueError(f"{op}: {name}[{index}] is {value.flatten()[index].item()}, expected a positive finite number")
+
+
 def is_finite_logits(op: str, name: str, value: Tensor) -> None:
     """Raise ValueError at the first NaN or +infinity; -infinity is a masked class and legal. Looks at the values."""
     bad = (value.isnan() | (value == math.inf)).nonzero()

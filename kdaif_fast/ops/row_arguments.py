@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._derive import is_transformed
 from ..reference import row_terms as terms
 from ..reference.row_terms import accumulation_dtype
 from . import _check
@@ -128,11 +129,11 @@ def read_arguments(
         kd_weight, other_weight = 0.0, kd_weight
     settings: list[PerRow] = [temperature, ce_weight, kd_weight, other_weight, label_mix, interpolation, gate]
     _check_settings(settings, shape, device)
-    mixes = second is not None or not (isinstance(label_mix, (int, float)) and label_mix == 0)
+    mixes_label = isinstance(label_mix, Tensor) or label_mix != 0
     needs_class = exclude_label or kind == terms.DECOUPLED
     if labels is None and soft is not None and needs_class:
         labels = soft.argmax(-1)  # of a soft label, the class of largest mass
-    if labels is None and soft is None and (needs_class or mixes or _is_wanted(ce_weight)):
+    if labels is None and soft is None and (needs_class or mixes_label or _is_wanted(ce_weight)):
         raise ValueError("row_divergence: labels is None, expected class indices (or soft_labels, or ce_weight=0)")
     if scale_by_temperature and kind != terms.LOGIT_MSE and teacher is not None:
         square = temperature * temperature
@@ -145,7 +146,7 @@ def read_arguments(
         settings = [x.reshape(-1) if isinstance(x, Tensor) else x for x in settings]
     elif mask is not None and mask.dim() == 1:
         mask = mask[None]
-    choices = [kind, form, int(mixes), int(exclude_label), first, count, ignore_index]
+    choices = [kind, form, int(mixes_label or second is not None), int(exclude_label), first, count, ignore_index]
     call = RowCall(
         [student_logits, teacher, indices, second, labels, soft, class_weight, mask, weight],
         settings,
@@ -257,6 +258,8 @@ def _check_settings(settings: list[PerRow], shape: torch.Size, device: torch.dev
             _check.is_like(NAME, name, value, shape, "student_logits without classes", device)
             if not value.is_floating_point():
                 raise TypeError(f"row_divergence: {name} has dtype {value.dtype}, expected a floating-point dtype")
+            if name == "temperature" and device.type == "cpu" and not is_transformed(value):
+                _check.are_positive(NAME, name, value)
         elif name == "temperature":
             _check.is_positive(NAME, name, value)
         elif name.endswith("weight"):

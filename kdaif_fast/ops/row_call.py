@@ -95,9 +95,7 @@ class RowCall:
         tensors = [*self.tensors, rows]
         given = [x for x in tensors if x is not None]
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            if any([x.is_inference() for x in given]):
-                # Made in inference mode (by a teacher, say): autograd cannot keep such tensors, but copies of them.
-                tensors = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
+            tensors = _without_inference_tensors(tensors)
         is_transformed = _derive.is_transformed(*given)
         try:
             if not is_transformed and _is_plain_training(given):
@@ -123,6 +121,14 @@ class RowCall:
 
 def _may_be_differentiated(x: Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or _derive.is_transformed(x)
+
+
+def _without_inference_tensors(tensors: list[Any]) -> list[Any]:
+    """Copies of what was made in inference mode (by a teacher, say): autograd cannot keep such tensors themselves."""
+    for x in tensors:
+        if x is not None and x.is_inference():
+            return [y.clone() if y is not None and y.is_inference() else y for y in tensors]
+    return tensors
 
 
 def _is_plain_training(given: Sequence[Tensor]) -> bool:

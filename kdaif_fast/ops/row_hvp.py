@@ -59,7 +59,7 @@ def row_hvp(
     shape = student_logits.shape
     if tangents.shape != shape and tangents.shape[1:] != shape:
         raise ValueError(
-            f"row_hvp: tangents have shape {tuple(tangents.shape)}, expected {('K', *shape)} or {tuple(shape)}"
+            f"row_hvp: tangents have shape {tuple(tangents.shape)}, expected [K, *{tuple(shape)}] or {tuple(shape)}"
         )
     is_one = tangents.shape == shape and tangents.dim() == student_logits.dim()
     count = 1 if is_one else tangents.shape[0]

@@ -138,7 +138,7 @@ class _Chunked(torch.autograd.Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         inputs = _Inputs._make(x if mine is None else mine for x, mine in zip(saved[:7], ctx.inference, strict=True))
         is_scalar = ctx.call.reduction != "none"
-        if torch.is_grad_enabled() or (_derive.is_transformed(upstream) and not is_scalar):
+        if torch.is_grad_enabled() or not (is_scalar or _has_values(upstream)):
             return None, *_gradients_of_decomposed(inputs, needs, upstream, ctx.call)
         if is_scalar:
             gradients = _scaled(saved[7:-1], upstream)
@@ -155,9 +155,18 @@ class _Chunked(torch.autograd.Function):
         return None, *of_logits, None if d_weight is None else upstream * d_weight
 
 
+def _has_values(upstream: Tensor) -> bool:
+    """Whether this is no batch of gradients, of torch.func's vmap or of the one that autograd has for itself."""
+    try:
+        upstream.reshape(-1)[:1].sum().item()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> Sequence[Tensor | None]:
     """factor * gradient, never in place: the graph may be walked again."""
-    if not _derive.is_transformed(factor) and factor.item() == 1:
+    if _has_values(factor) and factor.item() == 1:
         return gradients
     return [None if g is None else factor * g for g in gradients]
 
@@ -167,7 +176,7 @@ def _gradients_of_decomposed(
 ) -> list[Tensor | None]:
     """What a derivative of the derivative needs: gradients that have a graph of their own."""
     is_differentiated_again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):
         # Views: of a head that the hidden states depend on too (tied embeddings), only the direct part is meant here.
         views = [
             x if x is None else x.view_as(x) if need else x.clone() if x.is_inference() else x

@@ -10,6 +10,7 @@ derivatives, the decomposed form: all logits, then `kd_loss`, both of which torc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -49,6 +50,12 @@ class _Call(NamedTuple):
     reduction: str
     ignore_index: int
     options: Options
+
+
+def _without_autocast(x: Tensor) -> Any:
+    """Products of matrices here have the dtypes that they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _decomposed(x: _Inputs, call: _Call) -> Tensor:
@@ -100,7 +107,7 @@ class _Rows:
 
     def run(self, scale: Tensor | None) -> Tensor:
         """Losses [K] with weight 1, and the gradients wanted if there is a scale."""
-        with torch.autocast(self.student.features.device.type, enabled=False):
+        with _without_autocast(self.student.features):
             return run(self.student, self.teacher, self.of(self.call.labels), scale, self.V, self.call.options)
 
     @property
@@ -176,7 +183,7 @@ def _gradients_of_decomposed(
 ) -> list[Tensor | None]:
     """What a derivative of the derivative needs: gradients that have a graph of their own."""
     is_differentiated_again = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(upstream.device.type, enabled=False):
+    with torch.enable_grad(), _without_autocast(upstream):
         # Views: of a head that the hidden states depend on too (tied embeddings), only the direct part is meant here.
         views = [
             x if x is None else x.view_as(x) if need else x.clone() if x.is_inference() else x
@@ -284,8 +291,7 @@ def linear_kd_loss(
     )
     call = _Call(labels.reshape(-1), reduction, ignore_index, options)
     inputs = _inputs(tensors)
-    device = hidden.device.type
-    with torch.autocast(device, enabled=False):
+    with _without_autocast(hidden):
         loss = _loss(inputs, call, is_plain)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
@@ -294,7 +300,8 @@ def _inputs(tensors: dict[str, Any]) -> _Inputs:
     """Rows in one axis, in the dtypes they are multiplied in."""
     x = _Inputs(**tensors)
     device = x.hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else None
+    is_cast = device == "cuda" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_cast else None
 
     def low(tensor: Tensor) -> Tensor:
         return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -133,7 +133,7 @@ class _Chunked(torch.autograd.Function):
             rows.want(needs)
         losses = rows.run(rows.scale if is_early else None)
         d_weight = rows.put_back(rows.factor * losses) if needs[6] else None
-        ctx.call, ctx.is_early = call, is_early
+        ctx.call = call
         # Autograd keeps no tensors of inference mode; nothing ever changes those in place, so we can.
         ctx.inference = [x if x is not None and x.is_inference() else None for x in inputs]
         saved = [None if is_ours is not None else x for x, is_ours in zip(inputs, ctx.inference, strict=True)]

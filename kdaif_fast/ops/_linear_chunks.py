@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import kd_loss as reference
-from .kd_loss import _kd_loss, _kd_loss_with_grad
+from ..reference.kd_loss import kd_loss_teacher_grad
+from ..reference.row_terms import KL, LOGITS, Choices
+from .row_ops import row_divergence, row_divergence_with_grad
 
 # Elements of a head that are widened at a time where the processor cannot multiply low precision with float32 results:
 # 4 MiB in float32, which stay in the cache until the product has read them.
@@ -27,6 +28,12 @@ class Options(NamedTuple):
     temperature: float
     alpha: float
     chunk_rows: int
+
+    @property
+    def numbers(self) -> list[float]:
+        """As row_divergence takes them: T, weights of cross-entropy, KL and reverse KL, and what is not used here."""
+        T, alpha = self.temperature, self.alpha
+        return [T, alpha, (1 - alpha) * T**2, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def default_chunk_rows(V: int, device: torch.device) -> int:
@@ -203,12 +210,13 @@ def _row_losses(
     own: Tensor, given: Tensor, labels: Tensor, scale: Tensor | None, given_grad: Tensor | None, options: Options
 ) -> Tensor:
     """The losses of some rows; with a scale, their gradients overwrite the logits (and go into given_grad)."""
-    ones = torch.ones((), dtype=own.dtype, device=own.device).expand(labels.shape)
-    numbers = (options.temperature, options.alpha)
+    choices = Choices(KL, LOGITS, 0, 0, 0, own.shape[1], ignore_index=-1)  # ignored rows do not come here
+    arguments = (own, given, None, None, labels, None, None, None, None, None, options.numbers, choices)
     if scale is None:
-        return _kd_loss(own, given, labels, ones, *numbers)
-    loss, gradient = _kd_loss_with_grad(own, given, labels, ones, *numbers)
+        return row_divergence(*arguments)
+    loss, gradient = row_divergence_with_grad(*arguments)
     if given_grad is not None:
-        given_grad.copy_(reference.kd_loss_teacher_grad(scale, own, given, *numbers))
+        teacher_grad = kd_loss_teacher_grad(scale, own, given, options.temperature, options.alpha)
+        given_grad.copy_(teacher_grad)
     torch.mul(gradient, scale[:, None], out=own)
     return loss

@@ -21,8 +21,9 @@ from .. import _derive
 from ..reference import linear_kd_loss as reference
 from . import _check
 from ._linear_chunks import Options, Projection, default_chunk_rows, run
-from .kd_loss import REDUCTIONS, kd_loss
+from .kd_loss import kd_loss
 
+REDUCTIONS = ("mean", "sum", "none")
 _OP = "linear_kd_loss"
 
 
@@ -73,6 +74,7 @@ def _decomposed(x: _Inputs, call: _Call) -> Tensor:
         weight=weight,
         temperature=call.options.temperature,
         alpha=call.options.alpha,
+        reduction="none",
     )
     return reference.reduce(loss.masked_fill(ignored, 0), call.labels, call.ignore_index, call.reduction)
 

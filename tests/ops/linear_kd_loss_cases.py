@@ -1,12 +1,15 @@
 """What the tests of linear_kd_loss share: a problem, and the reference's loss of it."""
 
+import pytest
 import torch
 
+import kdaif_fast
 from kdaif_fast.ops import linear_kd_loss
 from kdaif_fast.reference import linear_kd_loss as reference
 
 T, ALPHA = 2.0, 0.3
 IGNORED = -100
+needs_kernels = pytest.mark.skipif(kdaif_fast.backends()["cpu"] != "loaded", reason="no compiled CPU kernels here")
 DIFFERENTIABLE = ("hidden", "head_weight", "head_bias", "teacher", "teacher_head", "teacher_bias", "weight")
 
 
@@ -50,3 +53,9 @@ def leaves(arguments, *names):
 
 def double(arguments):
     return {k: v if k == "labels" else v.detach().double() for k, v in arguments.items()}
+
+
+def relative_error(a, exact):
+    """In the 2-norm."""
+    assert a.shape == exact.shape
+    return ((a.double() - exact).norm() / exact.norm()).item()

@@ -260,6 +260,10 @@ def linear_kd_loss(
         Transforms of torch.func, forward mode, torch.compile and derivatives of gradients (create_graph=True) are right
         too, but take the decomposed form: N x V logits of student and teacher, and their gradients.
 
+    Speed: bound by the products of matrices, on a CPU in float32. For bfloat16 on a processor with bfloat16 units,
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" (yours to set: it is the whole process's) halves the time,
+        and loses nothing in the logits.
+
     Source: as `kd_loss`; chunks of logits with the gradient in the forward pass as in Liger Kernel (arXiv 2410.10989).
 
     Example:

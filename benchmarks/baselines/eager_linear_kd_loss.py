@@ -9,7 +9,8 @@ def eager_linear_kd_loss(
 ) -> Tensor:
     """Mean of alpha CE + (1 - alpha) T^2 KL over the rows that are not ignored; logits in the hidden states' dtype.
 
-    In bfloat16 that costs percents of the gradient where student and teacher are near: its equal in precision is a call with float32 copies.
+    In bfloat16 that costs percents of the gradient where student and teacher are near: the equal in precision is a call
+    with float32 copies.
     """
     student_logits, teacher_logits = F.linear(hidden, head), F.linear(teacher, teacher_head)
     ce = F.cross_entropy(student_logits, labels, reduction="none")

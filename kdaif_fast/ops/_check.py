@@ -31,13 +31,18 @@ def is_logits(op: str, name: str, value: Any) -> None:
 
 
 def is_floating(op: str, name: str, value: Any, shape: str) -> None:
-    """Raise unless value is a floating-point tensor with at least one axis; `shape` says which are expected."""
+    """Raise unless value is a floating-point tensor; `shape` says which axes are expected.
+
+    The last must not be empty, except of "[...]".
+    """
     is_tensor(op, name, value)
     if value.dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected one of {expected}")
-    if value.dim() == 0 and shape != "[...]":
-        raise ValueError(f"{op}: {name} has shape (), expected {shape}")
+    if shape != "[...]" and (value.dim() == 0 or value.shape[-1] == 0):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}, expected {shape} with a last axis of at least 1"
+        )
 
 
 def is_integer(op: str, name: str, value: Any, least: int | None = None) -> None:

@@ -374,6 +374,7 @@ BAD = {
     "hidden is None (NoneType), expected a torch.Tensor": dict(hidden=None),
     "hidden has dtype torch.int64, expected one of float32": dict(hidden=torch.zeros(7, 5, dtype=torch.int64)),
     "hidden has shape (), expected [..., D]": dict(hidden=torch.tensor(0.0)),
+    "hidden has shape (7, 0), expected [..., D] with a last axis of at least 1": dict(hidden=torch.zeros(7, 0)),
     "head_weight has shape (11, 4), expected [V, 5]": dict(head_weight=torch.zeros(11, 4)),
     "head_weight has shape (0, 5), expected [V, 5] with V >= 1": dict(head_weight=torch.zeros(0, 5)),
     "head_bias has shape (5,), expected (11,) as [V]": dict(head_bias=torch.zeros(5)),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .ops.kd_loss import kd_loss
+from .ops import kd_loss
 
 Loss = Callable[..., Tensor]
 """loss(outputs, targets), or loss(outputs, targets, teacher_logits) for a batch that has them -> [N], one a sample."""

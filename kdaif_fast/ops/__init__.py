@@ -1,6 +1,33 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
-from .kd_loss import kd_loss
 from .linear_kd_loss import linear_kd_loss
+from .losses import (
+    dkd_loss,
+    js_loss,
+    kd_loss,
+    log_cosh_loss,
+    logit_mse_loss,
+    nkd_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    taid_loss,
+    total_variation_loss,
+)
+from .row_divergence import row_divergence
+from .row_hvp import row_hvp
 
-__all__ = ["kd_loss", "linear_kd_loss"]
+__all__ = [
+    "dkd_loss",
+    "js_loss",
+    "kd_loss",
+    "linear_kd_loss",
+    "log_cosh_loss",
+    "logit_mse_loss",
+    "nkd_loss",
+    "reverse_kl_loss",
+    "row_divergence",
+    "row_hvp",
+    "skew_kl_loss",
+    "taid_loss",
+    "total_variation_loss",
+]

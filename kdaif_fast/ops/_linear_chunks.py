@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.kd_loss import kd_loss_teacher_grad
-from ..reference.row_terms import KL, LOGITS, Choices
-from .row_ops import row_divergence, row_divergence_with_grad
+from ..reference.linear_kd_loss import choices, numbers
+from .row_ops import row_divergence, row_divergence_grad, row_divergence_with_grad
 
 # Elements of a head that are widened at a time where the processor cannot multiply low precision with float32 results:
 # 4 MiB in float32, which stay in the cache until the product has read them.
@@ -28,12 +27,6 @@ class Options(NamedTuple):
     temperature: float
     alpha: float
     chunk_rows: int
-
-    @property
-    def numbers(self) -> list[float]:
-        """As row_divergence takes them: T, weights of cross-entropy, KL and reverse KL, and what is not used here."""
-        T, alpha = self.temperature, self.alpha
-        return [T, alpha, (1 - alpha) * T**2, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def default_chunk_rows(V: int, device: torch.device) -> int:
@@ -210,13 +203,14 @@ def _row_losses(
     own: Tensor, given: Tensor, labels: Tensor, scale: Tensor | None, given_grad: Tensor | None, options: Options
 ) -> Tensor:
     """The losses of some rows; with a scale, their gradients overwrite the logits (and go into given_grad)."""
-    choices = Choices(KL, LOGITS, 0, 0, 0, own.shape[1], ignore_index=-1)  # ignored rows do not come here
-    arguments = (own, given, None, None, labels, None, None, None, None, None, options.numbers, choices)
+    which = choices(own.shape[1], ignore_index=-1)  # ignored rows do not come here
+    rest = (None, None, labels, None, None, None)
+    settings = numbers(options.temperature, options.alpha), which
     if scale is None:
-        return row_divergence(*arguments)
-    loss, gradient = row_divergence_with_grad(*arguments)
+        return row_divergence(own, given, *rest, None, None, *settings)
+    loss, gradient = row_divergence_with_grad(own, given, *rest, None, None, *settings)
     if given_grad is not None:
-        teacher_grad = kd_loss_teacher_grad(scale, own, given, options.temperature, options.alpha)
-        given_grad.copy_(teacher_grad)
+        swapped = numbers(options.temperature, options.alpha, of_teacher=True), which
+        given_grad.copy_(row_divergence_grad(given, own, *rest, scale, None, *swapped))
     torch.mul(gradient, scale[:, None], out=own)
     return loss

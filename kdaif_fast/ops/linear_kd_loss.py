@@ -21,7 +21,7 @@ from .. import _derive
 from ..reference import linear_kd_loss as reference
 from . import _check
 from ._linear_chunks import Options, Projection, default_chunk_rows, run
-from .kd_loss import kd_loss
+from .losses import kd_loss
 
 REDUCTIONS = ("mean", "sum", "none")
 _OP = "linear_kd_loss"
@@ -61,22 +61,21 @@ def _without_autocast(x: Tensor) -> Any:
 
 def _decomposed(x: _Inputs, call: _Call) -> Tensor:
     """All logits at once: [N], or a scalar."""
-    ignored = call.labels == call.ignore_index
-    # What ignored rows hold, NaN perhaps, must not get into the sums of a gradient as 0 * NaN.
-    hidden, teacher = (rows.masked_fill(ignored[:, None], 0) for rows in (x.hidden, x.teacher))
-    student_logits = reference.logits(hidden, x.head_weight, x.head_bias, x.dtype)
-    teacher_logits = reference.logits(teacher, x.teacher_head, x.teacher_bias, x.dtype)
-    weight = None if x.weight is None else x.weight.masked_fill(ignored, 0)
-    loss = kd_loss(
-        student_logits,
-        teacher_logits,
-        call.labels.masked_fill(ignored, 0),
-        weight=weight,
+    ignored = (call.labels == call.ignore_index)[:, None]
+    # What ignored rows hold, NaN perhaps, must not get into the heads' gradients as 0 * NaN.
+    hidden = x.hidden.masked_fill(ignored, 0)
+    teacher = x.teacher if x.teacher_head is None else x.teacher.masked_fill(ignored, 0)
+    losses = kd_loss(
+        reference.logits(hidden, x.head_weight, x.head_bias, x.dtype),
+        reference.logits(teacher, x.teacher_head, x.teacher_bias, x.dtype),
+        call.labels,
+        weight=x.weight,
         temperature=call.options.temperature,
         alpha=call.options.alpha,
         reduction="none",
+        ignore_index=call.ignore_index,
     )
-    return reference.reduce(loss.masked_fill(ignored, 0), call.labels, call.ignore_index, call.reduction)
+    return reference.reduce(losses, call.labels, call.ignore_index, call.reduction)  # looks at no value
 
 
 class _Rows:
@@ -255,8 +254,8 @@ def linear_kd_loss(
         V numbers of the logits' dtype (32 MiB by default on a CPU for 8,000 to 130,000 classes, 512 MiB on a GPU).
         Besides: the hidden states of a chunk's rows; for low precision on a CPU, 4 MiB of a head. From the forward to
         the backward pass: gradients of what needs them, in the logits' dtype; a second copy of them while the backward
-        pass scales or casts them. A teacher that requires a gradient gets it in chunks too, for two more chunks, and
-        time: detach it if that is not meant.
+        pass scales or casts them. A teacher that requires a gradient gets it in chunks too, which takes time: detach
+        it if that is not meant.
         Transforms of torch.func, forward mode, torch.compile and derivatives of gradients (create_graph=True) are right
         too, but take the decomposed form: N x V logits of student and teacher, and their gradients.
 
@@ -291,7 +290,7 @@ def linear_kd_loss(
     V = head_weight.shape[0]
     is_plain = _is_plain(labels, *tensors.values())
     if is_plain:
-        _check_label_values(labels, V, ignore_index)
+        _check.are_labels(_OP, "labels", labels, V, ignore_index)
     options = Options(
         float(temperature), float(alpha), chunk_rows or (default_chunk_rows(V, hidden.device) if is_plain else 1)
     )
@@ -383,7 +382,3 @@ def _check_options(temperature: Any, alpha: Any, reduction: Any, ignore_index: A
     _check.is_integer(_OP, "ignore_index", ignore_index)
     if chunk_rows is not None:
         _check.is_integer(_OP, "chunk_rows", chunk_rows, least=1)
-
-
-def _check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
-    _check.are_labels(_OP, "labels", labels.masked_fill(labels == ignore_index, 0), V)

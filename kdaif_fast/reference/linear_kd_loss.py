@@ -1,4 +1,4 @@
-"""linear_kd_loss by definition: kd_loss of logits that are matrix products, s = h W^T + b (docs/method.md, equation 4).
+"""linear_kd_loss by definition: equation 4 of docs/method.md, of logits that are matrix products, s = h W^T + b.
 
 N rows, V classes; hidden states [N, D], heads [V, D], biases [V]. Low precision is widened before the product, never
 after it: the gradient of a distillation loss is a difference of nearly equal distributions, and logits rounded to
@@ -9,7 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import kd_loss as rows
+from .row_divergence import row_divergence
+from .row_terms import KL, LOGITS, Choices
+
+
+def numbers(temperature: float, alpha: float, of_teacher: bool = False) -> list[float]:
+    """As row_divergence takes them: T, the weights of cross-entropy, forward KL and reverse KL, then what is not used.
+
+    of_teacher: of the loss as a function of the teacher's logits, in the student's place.
+    """
+    kl = (1 - alpha) * temperature**2
+    parts = [0.0, 0.0, kl] if of_teacher else [alpha, kl, 0.0]
+    return [temperature, *parts, 0.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def choices(V: int, ignore_index: int) -> Choices:
+    """The plain divergence over all classes."""
+    return Choices(KL, LOGITS, 0, 0, 0, V, ignore_index)
 
 
 def logits(features: Tensor, head: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -42,11 +58,10 @@ def linear_kd_loss(
     dtype = accumulation_dtype(hidden, head_weight, head_bias, teacher, teacher_head, teacher_bias)
     student = logits(hidden, head_weight, head_bias, dtype)
     given = logits(teacher, teacher_head, teacher_bias, dtype)
-    ignored = labels == ignore_index
-    ones = torch.ones(labels.shape, dtype=dtype, device=labels.device)
-    loss = rows.kd_loss(student, given, labels.masked_fill(ignored, 0), ones, temperature, alpha)
-    loss = loss if weight is None else weight.to(dtype) * loss
-    return loss.masked_fill(ignored, 0)
+    if weight is not None:
+        weight = weight.to(dtype)
+    settings = numbers(temperature, alpha), choices(student.shape[1], ignore_index)
+    return row_divergence(student, given, None, None, labels, None, None, None, weight, None, *settings)
 
 
 def reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -115,9 +115,7 @@ def arguments(kind_name, case, N=5, V=9, dtype=torch.float64, scale=2.0):
     """Random arguments for the ops, in the schema's order."""
     C = V - case.first_class if case.classes is None else min(case.classes, V - case.first_class)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    student, teacher, second = (
-        (scale * torch.randn(N, n, dtype=torch.float64)).to(dtype) for n in (V, C, C)
-    )
+    student, teacher, second = ((scale * torch.randn(N, n, dtype=torch.float64)).to(dtype) for n in (V, C, C))
     indices = None
     if case.form == terms.PROBABILITIES:
         teacher, second = torch.rand(2, N, C, dtype=wide).unbind()
@@ -183,6 +181,3 @@ def relative_error(ours, expected):
     ours, expected = ours.double(), expected.double()
     assert ours.shape == expected.shape
     return ((ours - expected).norm() / expected.norm().clamp(min=1e-30)).item() if expected.numel() else 0.0
-
-
-

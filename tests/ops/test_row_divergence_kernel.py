@@ -58,7 +58,9 @@ def test_every_kind_with_every_option(kind, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 5), (1, 2), (5, 3), (4, 15), (4, 16), (4, 17), (3, 64), (2, 1000), (33, 31)])
-@pytest.mark.parametrize("name", ["plain, T = 2", "all parts", "divergence alone", "cross-entropy alone", "soft labels"])
+@pytest.mark.parametrize(
+    "name", ["plain, T = 2", "all parts", "divergence alone", "cross-entropy alone", "soft labels"]
+)
 def test_shapes(shape, name, dtype):
     check(arguments("KL", CASES[name], *shape, dtype=dtype), slack=4)
 
@@ -115,7 +117,9 @@ def test_narrow_and_wide_rows_take_the_same_numbers(dtype):
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(kind, dtype):
-    args = arguments(kind, Case(second=kind not in BETWEEN_LOGITS, mixes=kind not in BETWEEN_LOGITS, mask=True), 6, 10, dtype)
+    args = arguments(
+        kind, Case(second=kind not in BETWEEN_LOGITS, mixes=kind not in BETWEEN_LOGITS, mask=True), 6, 10, dtype
+    )
     expected = ops.row_divergence_with_grad(*args)
     padded = torch.full((6, 14), math.nan, dtype=dtype)
     padded[:, 2:12] = args[0]
@@ -183,7 +187,9 @@ def test_masked_classes(kind, T, dtype):
 
 def test_classes_that_only_one_side_excludes_cost_infinity():
     for other_side, numbers in ((0, (1.0, 0.0)), (1, (0.0, 1.0))):  # forward KL, reverse KL
-        args = arguments("KL", Case(ce=0.0, kd=numbers[0], other=numbers[1], weight=False, ignored=False), 2, 6, torch.float32)
+        args = arguments(
+            "KL", Case(ce=0.0, kd=numbers[0], other=numbers[1], weight=False, ignored=False), 2, 6, torch.float32
+        )
         args[other_side][0, 2] = -math.inf
         loss = ops.row_divergence(*args)
         assert loss[0] == math.inf

@@ -95,7 +95,7 @@ class RowCall:
         tensors = [*self.tensors, rows]
         given = [x for x in tensors if x is not None]
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            if any([x.is_inference() for x in given]):  # noqa: SIM102 (a list: a generator costs a microsecond)
+            if any([x.is_inference() for x in given]):
                 # Made in inference mode (by a teacher, say): autograd cannot keep such tensors, but copies of them.
                 tensors = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
         is_transformed = _derive.is_transformed(*given)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import kdaif_fast
-from kdaif_fast.reference import row_divergence as reference
 from kdaif_fast.reference import row_terms as terms
 from kdaif_fast.reference.row_terms import accumulation_dtype
 

@@ -1,5 +1,6 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
+from .linear_kd_loss import linear_kd_loss
 from .losses import (
     dkd_loss,
     js_loss,
@@ -19,6 +20,7 @@ __all__ = [
     "dkd_loss",
     "js_loss",
     "kd_loss",
+    "linear_kd_loss",
     "log_cosh_loss",
     "logit_mse_loss",
     "nkd_loss",

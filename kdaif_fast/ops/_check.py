@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from numbers import Real
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,10 +30,34 @@ def is_logits(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected [..., V] with V >= 1 classes")
 
 
-def is_like(op: str, name: str, value: Any, shape: torch.Size, other: str, device: torch.device) -> None:
+def is_floating(op: str, name: str, value: Any, shape: str) -> None:
+    """Raise unless value is a floating-point tensor; `shape` says which axes are expected.
+
+    The last must not be empty, except of "[...]".
+    """
+    is_tensor(op, name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected one of {expected}")
+    if shape != "[...]" and (value.dim() == 0 or value.shape[-1] == 0):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}, expected {shape} with a last axis of at least 1"
+        )
+
+
+def is_integer(op: str, name: str, value: Any, least: int | None = None) -> None:
+    """Raise unless value is an integer, and not below `least`."""
+    expected = "an integer" if least is None else f"an integer >= {least}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} is {reprlib.repr(value)} ({type(value).__name__}), expected {expected}")
+    if least is not None and value < least:
+        raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+
+
+def is_like(op: str, name: str, value: Any, shape: Sequence[int], other: str, device: torch.device) -> None:
     """Raise unless value is a tensor of that shape on that device; `other` says what the shape comes from."""
     is_tensor(op, name, value)
-    if value.shape != shape:
+    if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} as {other}")
     if value.device != device:
         raise ValueError(f"{op}: {name} is on device {value.device}, expected {device} as {other}")

@@ -35,6 +35,7 @@ from .row_divergence_rows import (
     read_settings,
     read_student,
     rest_of_top_k,
+    softmax_1,
     statistics_of,
     inside_divergence,
 )
@@ -144,8 +145,7 @@ def _gradient(x, at, b, first_sum, found, part, w, o: tl.constexpr):
         if o.kind != LOGIT_MSE:
             g = g * w.inverse
     if o.ce:
-        softmax = tl.exp(b.s - found.max_1 - found.log_1)
-        g += times(w.ce, found.label_mass * softmax - label_target(x, at, w, o))
+        g += times(w.ce, found.label_mass * softmax_1(b.s, found) - label_target(x, at, w, o))
     return g
 
 
@@ -221,7 +221,7 @@ def _kept(x, at, term, o: tl.constexpr):
 
 
 @triton.jit
-def _tangents(pointer, x, at, inside, tangent_count, stride, TILE: tl.constexpr):
+def _tangents(pointer, at, inside, tangent_count, stride, TILE: tl.constexpr):
     """[TILE, BLOCK]: a block of some tangents of a row."""
     k = tl.arange(0, TILE)
     mask = (k < tangent_count)[:, None] & inside[None, :]
@@ -271,9 +271,9 @@ def _row_divergence_hvp_kernel(
         for step in range(0, steps):
             at = block_of(step, steps, BLOCK, True)
             b = _read(x, at, found, w, o.product_reads_target, o)
-            u = _tangents(u_row, x, at, at < x.end, count, tangent_stride, TILE)
+            u = _tangents(u_row, at, at < x.end, count, tangent_stride, TILE)
             if o.ce:
-                sum_1 += tl.sum(tl.exp(b.s - found.max_1 - found.log_1)[None, :] * u, 1)
+                sum_1 += tl.sum(softmax_1(b.s, found)[None, :] * u, 1)
             if o.between_softmaxes:
                 v = tl.where(inside_divergence(x, at, o)[None, :], u, 0.0) if o.sliced else u
                 sum_q += tl.sum(b.q[None, :] * v, 1)
@@ -287,14 +287,14 @@ def _row_divergence_hvp_kernel(
     sum_along -= sum_q * total
     v_label = tl.zeros((TILE,), tl.float32)
     if o.kind == DECOUPLED and o.kd:
-        at = tl.where(x.label_counts, x.label, -1) + tl.zeros((1,), tl.int32)
-        v_label = tl.sum(_tangents(u_row, x, at, (at >= 0) & (at < x.end), count, tangent_stride, TILE), 1)
+        spot = tl.where(x.label_counts, x.label, -1) + tl.zeros((1,), tl.int32)
+        v_label = tl.sum(_tangents(u_row, spot, (spot >= 0) & (spot < x.end), count, tangent_stride, TILE), 1)
 
     all_steps = 1 if ONE_BLOCK else tl.cdiv(V, BLOCK)  # of rows that are ignored, too
     for step in range(0, all_steps):
         at = block_of(step, all_steps, BLOCK, False)
         b = _read(x, at, found, w, o.product_reads_target, o)
-        u = _tangents(u_row, x, at, at < x.end, count, tangent_stride, TILE)
+        u = _tangents(u_row, at, at < x.end, count, tangent_stride, TILE)
         h = tl.zeros_like(u)
         if o.divergence:
             v = tl.where(inside_divergence(x, at, o)[None, :], u, 0.0) if o.sliced else u
@@ -310,8 +310,8 @@ def _row_divergence_hvp_kernel(
             if o.kind != LOGIT_MSE:
                 h = h * (w.inverse * w.inverse)
         if o.ce:
-            softmax = tl.exp(b.s - found.max_1 - found.log_1)
-            h += times(w.ce, found.label_mass * softmax[None, :] * (u - sum_1[:, None]))
+            softmax = softmax_1(b.s, found)[None, :]
+            h += times(w.ce, found.label_mass * softmax * (u - sum_1[:, None]))
         h = tl.where(ignored, 0.0, scale * h)
         k = first_tangent + tl.arange(0, TILE)
         to = out + (k * N + row)[:, None] * V + at[None, :]
@@ -323,14 +323,17 @@ def _interpreted() -> bool:
 
 
 def candidates(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int], ...]:
-    """Block widths and warps to choose from for rows of V elements, of which a program holds several."""
+    """Block widths and warps to choose from for rows of V elements, of which a program holds several.
+
+    A thread has 8 elements: one load of 16 bytes of the narrow types, and few enough for every option's registers.
+    """
     widest = WIDEST_BLOCK // rows_of_tile
     if _interpreted():
         return ((min(triton.next_power_of_2(V), 512), 4),)
-    if V <= widest // 2:
+    if V <= widest:
         block = max(triton.next_power_of_2(V), 32)
-        return ((block, 1 if block <= 128 else 4),)
-    return ((widest // 4, 4), (widest // 2, 8), (widest, 8), (widest, 16))
+        return ((block, max(block * rows_of_tile // 256, 1)),)
+    return ((widest // 4, 4), (widest // 2, 8), (widest, 16))
 
 
 @functools.cache

@@ -43,13 +43,19 @@ class Row(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the first pass finds. Logarithms are of sums of exponentials relative to the maximum."""
+    """What the first pass finds: maxima, and sums of exponentials relative to them, as 1 / sum and as log(sum).
+
+    A probability is exp(x - max) / sum, not exp of its logarithm: in rows of one block the first pass has formed that.
+    """
 
     max_1: Any  # student at temperature 1, all classes
+    inverse_1: Any
     log_1: Any
     max_s: Any  # student over the classes of q
+    inverse_s: Any
     log_s: Any
     max_t: Any  # teacher, likewise
+    inverse_t: Any
     log_t: Any
     log_t_all: Any  # with the label again
     max_2: Any  # second teacher, with the label again
@@ -149,6 +155,12 @@ def without_label(x, at, allowed, o: tl.constexpr):
 
 
 @triton.jit
+def _only(kept, values, o: tl.constexpr):
+    """-inf in place of logits that do not count; those beyond the row are -inf already."""
+    return tl.where(kept, values, -INFINITY) if o.mask or o.sliced or o.leaves_out else values
+
+
+@triton.jit
 def _target_logits(x, at, s, w, o: tl.constexpr):
     t = tl.load(x.teacher + at, mask=inside_divergence(x, at, o), other=-INFINITY).to(tl.float32)
     if o.interpolates:
@@ -202,6 +214,12 @@ def _mixed(x, at, s, allowed, statistics, w, o: tl.constexpr):
             label = tl.where(at == x.label, 1.0, 0.0)
         p = (1.0 - w.label_mix) * p + w.label_mix * label
     return tl.where(allowed, p, 0.0)
+
+
+@triton.jit
+def softmax_1(s, found):
+    """The student's softmax at temperature 1."""
+    return tl.exp(s - found.max_1) * found.inverse_1
 
 
 @triton.jit
@@ -322,13 +340,13 @@ def read_row(x, steps, w, reads_target: tl.constexpr, o: tl.constexpr, BLOCK: tl
         if o.counts:
             count += tl.sum(tl.where(allowed, 1.0, 0.0), 0)
         if o.between_softmaxes:
-            max_s, sum_s = _merge(max_s, sum_s, tl.where(allowed, s, -INFINITY), w.inverse)
+            max_s, sum_s = _merge(max_s, sum_s, _only(allowed, s, o), w.inverse)
             if reads_target and o.form == LOGITS:
                 t = _target_logits(x, at, s, w, o)
-                max_t, sum_t = _merge(max_t, sum_t, tl.where(allowed, t, -INFINITY), w.inverse)
+                max_t, sum_t = _merge(max_t, sum_t, _only(allowed, t, o), w.inverse)
                 if o.second:
                     t = _second_logits(x, at, o)
-                    max_2, sum_2 = _merge(max_2, sum_2, tl.where(allowed, t, -INFINITY), w.inverse)
+                    max_2, sum_2 = _merge(max_2, sum_2, _only(allowed, t, o), w.inverse)
             if o.sums_given:
                 sum_t += tl.sum(tl.where(allowed, _given(x, at, o), 0.0), 0)
                 if o.second:
@@ -358,8 +376,8 @@ def statistics_of(x, steps, w, reads_target: tl.constexpr, o: tl.constexpr, BLOC
     if o.sums_given:
         mass = sum_t
     found = Statistics(
-        _finite_or_zero(max_1), tl.log(sum_1), _finite_or_zero(max_s), tl.log(sum_s), max_t, log_t, log_t_all,
-        max_2, log_2_all, scale, mass, 1.0 / tl.maximum(count, 1.0), label_mass,
+        _finite_or_zero(max_1), 1.0 / sum_1, tl.log(sum_1), _finite_or_zero(max_s), 1.0 / sum_s, tl.log(sum_s),
+        max_t, 1.0 / sum_t, log_t, log_t_all, max_2, log_2_all, scale, mass, 1.0 / tl.maximum(count, 1.0), label_mass,
     )  # fmt: skip
     if o.leaves_out and o.between_softmaxes:
         s_label, t_label, second_label = _label_logits(x, w, o)
@@ -374,8 +392,8 @@ def statistics_of(x, steps, w, reads_target: tl.constexpr, o: tl.constexpr, BLOC
     else:
         part = LabelPart(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     found = Statistics(
-        found.max_1, found.log_1, found.max_s, found.log_s, max_t, log_t, log_t_all,
-        max_2, log_2_all, scale, mass, found.inverse_count, label_mass,
+        found.max_1, found.inverse_1, found.log_1, found.max_s, found.inverse_s, found.log_s,
+        max_t, found.inverse_t, log_t, log_t_all, max_2, log_2_all, scale, mass, found.inverse_count, label_mass,
     )  # fmt: skip
     return found, part
 
@@ -395,14 +413,16 @@ def _softmax_block(x, at, found, w, reads_target: tl.constexpr, o: tl.constexpr)
     s = read_student(x, at)
     allowed = allowed_classes(x, at, o)
     kept = without_label(x, at, allowed, o)
-    log_q = tl.where(kept, (s - found.max_s) * w.inverse - found.log_s, -INFINITY)
-    q = tl.exp(log_q)
+    below = (s - found.max_s) * w.inverse
+    log_q = tl.where(kept, below - found.log_s, -INFINITY)
+    q = tl.where(kept, tl.exp(below) * found.inverse_s, 0.0)
     if not reads_target:
         p, log_p, gap = tl.zeros_like(q), log_q, tl.zeros_like(q)
     elif o.plain:
         t = _target_logits(x, at, s, w, o)
-        log_p = tl.where(kept, (t - found.max_t) * w.inverse - found.log_t, -INFINITY)
-        p = tl.exp(log_p)
+        below = (t - found.max_t) * w.inverse
+        log_p = tl.where(kept, below - found.log_t, -INFINITY)
+        p = tl.where(kept, tl.exp(below) * found.inverse_t, 0.0)
         # Nearly equal logits have an exact difference; their logarithms of probabilities do not.
         gap = ((t - s) - (found.max_t - found.max_s)) * w.inverse - (found.log_t - found.log_s)
     else:

@@ -336,17 +336,19 @@ def candidates(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int], ...]:
     return ((widest // 4, 4), (widest // 2, 8), (widest, 16))
 
 
+def register_limit(o: Options) -> int | None:
+    """What a thread may have at most: left to itself, the assembler rather spills a little than passes a threshold."""
+    return None if o.light or _interpreted() else 128
+
+
 @functools.cache
-def _tuned(kernel: Any, choices: tuple[tuple[int, int, bool], ...]) -> Any:
-    """The kernel in the fastest of these configurations, found out once for each V and each set of options."""
+def _tuned(kernel: Any, V: int, rows_of_tile: int, limit: int | None) -> Any:
+    """The kernel in the fastest of its configurations, found out once for each V, dtype and set of options."""
     configurations = [
-        triton.Config({"BLOCK": block, "ONE_BLOCK": one}, num_warps=warps) for block, warps, one in choices
+        triton.Config({"BLOCK": block, "ONE_BLOCK": block >= V}, num_warps=warps, maxnreg=limit)
+        for block, warps in candidates(V, rows_of_tile)
     ]
     return triton.autotune(configurations, key=["V", "o"])(kernel)
-
-
-def _choices(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int, bool], ...]:
-    return tuple((block, warps, block >= V) for block, warps in candidates(V, rows_of_tile))
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -456,7 +458,7 @@ def _launch(loss: Tensor | None, grad: Tensor | None, args: Sequence[Any]) -> No
     options = dataclasses.replace(options, loss=loss is not None, grad=grad is not None)
     results = {"loss": student if loss is None else loss, "grad": student if grad is None else grad}
     with _on_device_of(student):
-        _tuned(_row_divergence_kernel, _choices(V))[(N,)](**arguments, **results, o=options)
+        _tuned(_row_divergence_kernel, V, 1, register_limit(options))[(N,)](**arguments, **results, o=options)
 
 
 def row_divergence(student: Tensor, *args: Any) -> Tensor:
@@ -491,7 +493,7 @@ def row_divergence_hvp(tangents: Tensor, gauss_newton: bool, student: Tensor, *a
     tangents = _dense_rows(tangents)
     tile = min(triton.next_power_of_2(K), MOST_TANGENTS)
     with _on_device_of(student):
-        _tuned(_row_divergence_hvp_kernel, _choices(V, tile))[(N, triton.cdiv(K, tile))](
+        _tuned(_row_divergence_hvp_kernel, V, tile, register_limit(options))[(N, triton.cdiv(K, tile))](
             tangents=tangents,
             out=out,
             K=K,

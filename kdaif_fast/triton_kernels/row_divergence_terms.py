@@ -108,6 +108,12 @@ class Options:
         return not self.between_softmaxes or (self.linear and simple and not self.class_weight)
 
     @property
+    def light(self) -> bool:
+        """Cross-entropy and a forward divergence of softmaxes, and nothing else that needs registers."""
+        extras = (self.second, self.soft, self.class_weight, self.mask, self.rows, self.interpolates, self.smooths)
+        return self.linear and self.plain and not any(extras)
+
+    @property
     def sums_given(self) -> bool:
         """The first pass sums the given probabilities."""
         return self.between_softmaxes and self.form != LOGITS.value and (self.leaves_out or self.mass_known)

@@ -1,4 +1,4 @@
-"""How row_divergence's Triton kernels read a row: its settings, its first pass, and what one block of it holds."""
+"""How row_divergence's Triton kernels read a row: its settings, and what a block of it holds."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_divergence_terms import (
-    INFINITY,
-    LOG_COSH,
-    LOGITS,
-    TOP_K,
-    Settings,
-    excess,
-    log1p,
-    log_of,
-    log_sigmoid,
-    logit_term,
-    softmax_term,
-)
+from .row_divergence_terms import INFINITY, LOG_COSH, LOGITS, TOP_K, Settings, log_of, logit_term, softmax_term
 
 
 class Row(NamedTuple):
-    """Where a row lies and how long it is. Pointers take positions in the student's row, where `first_class` is the teacher's first."""
+    """Where a row lies and how long it is.
+
+    Pointers take positions in the student's row (of top-k targets: of the k), so the teacher's begin before its row.
+    """
 
     student: Any
     teacher: Any
@@ -40,41 +31,6 @@ class Row(NamedTuple):
     rest_share: Any  # of top-k targets: the probability of each other class
     label: Any  # -1 if it is no class
     label_counts: Any  # the label is among the divergence's classes
-
-
-class Statistics(NamedTuple):
-    """What the first pass finds: maxima, and sums of exponentials relative to them, as 1 / sum and as log(sum).
-
-    A probability is exp(x - max) / sum, not exp of its logarithm: in rows of one block the first pass has formed that.
-    """
-
-    max_1: Any  # student at temperature 1, all classes
-    inverse_1: Any
-    log_1: Any
-    max_s: Any  # student over the classes of q
-    inverse_s: Any
-    log_s: Any
-    max_t: Any  # teacher, likewise
-    inverse_t: Any
-    log_t: Any
-    log_t_all: Any  # with the label again
-    max_2: Any  # second teacher, with the label again
-    log_2_all: Any
-    scale: Any  # makes the target sum to 1 over the classes of q
-    mass: Any  # the sum of the target over the classes of q, where that is known
-    inverse_count: Any
-    label_mass: Any  # the sum of the cross-entropy's target
-
-
-class LabelPart(NamedTuple):
-    """The label's own part in the DECOUPLED divergence; names as in the reference."""
-
-    p_y: Any
-    p_rest: Any
-    log_p_y: Any
-    log_p_rest: Any
-    log_q_y: Any
-    log_q_rest: Any
 
 
 class Block(NamedTuple):
@@ -127,11 +83,13 @@ def block_of(step, steps, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
 
 @triton.jit
 def read_student(x, at):
+    """Logits, -inf beyond the row."""
     return tl.load(x.student + at, mask=at < x.end, other=-INFINITY).to(tl.float32)
 
 
 @triton.jit
 def inside_divergence(x, at, o: tl.constexpr):
+    """Which positions the teacher has."""
     inside = at < x.end
     if o.sliced:
         j = at - x.first_class
@@ -155,27 +113,36 @@ def without_label(x, at, allowed, o: tl.constexpr):
 
 
 @triton.jit
-def _only(kept, values, o: tl.constexpr):
+def only_kept(kept, values, o: tl.constexpr):
     """-inf in place of logits that do not count; those beyond the row are -inf already."""
     return tl.where(kept, values, -INFINITY) if o.mask or o.sliced or o.leaves_out else values
 
 
 @triton.jit
-def _target_logits(x, at, s, w, o: tl.constexpr):
-    t = tl.load(x.teacher + at, mask=inside_divergence(x, at, o), other=-INFINITY).to(tl.float32)
+def interpolated(t, s, w, o: tl.constexpr):
+    """The logits that make the target: the teacher's, and the student's own."""
     if o.interpolates:
         share = w.interpolation
-        t = tl.where(share == 1, t, tl.where(share == 0, s, share * t + (1.0 - share) * s))
-    return t
+        return tl.where(share == 1, t, tl.where(share == 0, s, share * t + (1.0 - share) * s))
+    else:
+        return t
 
 
 @triton.jit
-def _second_logits(x, at, o: tl.constexpr):
+def target_logits(x, at, s, w, o: tl.constexpr):
+    """The logits that make the target, in a block."""
+    t = tl.load(x.teacher + at, mask=inside_divergence(x, at, o), other=-INFINITY).to(tl.float32)
+    return interpolated(t, s, w, o)
+
+
+@triton.jit
+def second_logits(x, at, o: tl.constexpr):
+    """The second teacher's logits in a block."""
     return tl.load(x.second + at, mask=inside_divergence(x, at, o), other=-INFINITY).to(tl.float32)
 
 
 @triton.jit
-def _given(x, at, o: tl.constexpr):
+def given_probabilities(x, at, o: tl.constexpr):
     """The teacher's probabilities as they were given."""
     if o.form == TOP_K:
         p = tl.zeros_like(at).to(tl.float32) + x.rest_share
@@ -188,30 +155,30 @@ def _given(x, at, o: tl.constexpr):
 
 
 @triton.jit
-def _teachers(first, second, gate):
+def two_teachers(first, second, gate):
+    """The mixture of two teachers' probabilities."""
     return (1.0 - gate) * first + gate * second
 
 
 @triton.jit
-def _mixed(x, at, s, allowed, statistics, w, o: tl.constexpr):
+def _mixed(x, at, s, allowed, found, w, o: tl.constexpr):
     """A target that is no plain softmax, with the label and not scaled."""
     if o.form == LOGITS:
-        t = tl.where(allowed, _target_logits(x, at, s, w, o), -INFINITY)
-        p = tl.exp((t - statistics.max_t) * w.inverse - statistics.log_t_all)
+        t = tl.where(allowed, target_logits(x, at, s, w, o), -INFINITY)
+        p = tl.exp((t - found.max_t) * w.inverse - found.log_t_all)
     else:
-        p = _given(x, at, o)
+        p = given_probabilities(x, at, o)
     if o.second:
         if o.form == LOGITS:
-            t = tl.where(allowed, _second_logits(x, at, o), -INFINITY)
-            p = _teachers(p, tl.exp((t - statistics.max_2) * w.inverse - statistics.log_2_all), w.gate)
+            t = tl.where(allowed, second_logits(x, at, o), -INFINITY)
+            p = two_teachers(p, tl.exp((t - found.max_2) * w.inverse - found.log_2_all), w.gate)
         else:
             second = tl.load(x.second + at, mask=inside_divergence(x, at, o), other=0.0).to(tl.float32)
-            p = _teachers(p, second, w.gate)
+            p = two_teachers(p, second, w.gate)
     if o.mixes:
+        label = tl.where(at == x.label, 1.0, 0.0)
         if o.soft:
             label = tl.load(x.soft + at, mask=allowed, other=0.0).to(tl.float32)
-        else:
-            label = tl.where(at == x.label, 1.0, 0.0)
         p = (1.0 - w.label_mix) * p + w.label_mix * label
     return tl.where(allowed, p, 0.0)
 
@@ -225,10 +192,9 @@ def softmax_1(s, found):
 @triton.jit
 def label_target(x, at, w, o: tl.constexpr):
     """The cross-entropy's target in a block."""
+    a = tl.where(at == x.label, 1.0, 0.0)
     if o.soft:
         a = tl.load(x.soft + at, mask=at < x.end, other=0.0).to(tl.float32)
-    else:
-        a = tl.where(at == x.label, 1.0, 0.0)
     if o.smooths:
         a = tl.where(at < x.end, (1.0 - w.smoothing) * a + w.smoothing / x.V, 0.0)
     if o.class_weight:
@@ -237,171 +203,9 @@ def label_target(x, at, w, o: tl.constexpr):
 
 
 @triton.jit
-def _merge(maximum, total, values, inverse):
-    """A block's part in a running maximum and sum of exponentials; a maximum of -inf is not subtracted from itself."""
-    above = tl.maximum(maximum, tl.max(values, 0))
-    shift = tl.where(above == -INFINITY, 0.0, above)
-    kept = total * tl.exp((maximum - shift) * inverse)
-    return above, kept + tl.sum(tl.exp((values - shift) * inverse), 0)
-
-
-@triton.jit
-def _finite_or_zero(maximum):
-    return tl.where(maximum == -INFINITY, 0.0, maximum)
-
-
-@triton.jit
-def _read_label(pointer, x, other):
-    return tl.load(pointer + x.label, mask=x.label_counts, other=other).to(tl.float32)
-
-
-@triton.jit
-def _label_logits(x, w, o: tl.constexpr):
-    """The label's logits, -inf where it is not among the divergence's classes: student, target, second teacher."""
-    s = _read_label(x.student, x, -INFINITY)
-    t = s
-    second = s
-    if o.form == LOGITS:
-        t = _read_label(x.teacher, x, -INFINITY)
-        if o.interpolates:
-            share = w.interpolation
-            t = tl.where(share == 1, t, tl.where(share == 0, s, share * t + (1.0 - share) * s))
-        if o.second:
-            second = _read_label(x.second, x, -INFINITY)
-    return s, t, second
-
-
-@triton.jit
-def _with_label(log_sum, label):
-    """log(exp(log_sum) + exp(label)); both may be -inf."""
-    above = tl.maximum(log_sum, label)
-    return tl.where(above == -INFINITY, -INFINITY, above + log1p(tl.exp(-tl.abs(log_sum - label))))
-
-
-@triton.jit
-def _masses(x, statistics, t_label, second_label, rest, second_rest, soft_rest, w, o: tl.constexpr):
-    """The target's mass at the label and without it, where it is no plain softmax."""
-    if o.form == LOGITS:
-        at_label = (t_label - statistics.max_t) * w.inverse
-        p_y = tl.exp(log_sigmoid(at_label, statistics.log_t))
-        p_rest = tl.exp(log_sigmoid(statistics.log_t, at_label))
-    else:
-        somewhere = tl.where(x.label_counts, x.label, x.first_class)
-        p_y = tl.sum(_given(x, somewhere + tl.zeros((1,), tl.int32), o), 0)
-        p_y = tl.where(x.label_counts, p_y, 0.0)
-        p_rest = rest
-    if o.second:
-        if o.form == LOGITS:
-            at_label = (second_label - statistics.max_2) * w.inverse
-            second_y = tl.exp(log_sigmoid(at_label, second_rest))
-            second_rest = tl.exp(log_sigmoid(second_rest, at_label))
-        else:
-            second_y = _read_label(x.second, x, 0.0)
-        p_y = _teachers(p_y, second_y, w.gate)
-        p_rest = _teachers(p_rest, second_rest, w.gate)
-    if o.mixes:
-        label_y = _read_label(x.soft, x, 0.0) if o.soft else tl.where(x.label_counts, 1.0, 0.0)
-        p_y = (1.0 - w.label_mix) * p_y + w.label_mix * label_y
-        p_rest = (1.0 - w.label_mix) * p_rest + w.label_mix * soft_rest
-    return p_y, p_rest
-
-
-@triton.jit
-def _label_part(statistics, s_label, t_label, p_y, p_rest, w, o: tl.constexpr):
-    at_label = (s_label - statistics.max_s) * w.inverse
-    log_q_y = log_sigmoid(at_label, statistics.log_s)
-    log_q_rest = log_sigmoid(statistics.log_s, at_label)
-    if o.plain:
-        at_label = (t_label - statistics.max_t) * w.inverse
-        log_p_y = log_sigmoid(at_label, statistics.log_t)
-        log_p_rest = log_sigmoid(statistics.log_t, at_label)
-        return LabelPart(tl.exp(log_p_y), tl.exp(log_p_rest), log_p_y, log_p_rest, log_q_y, log_q_rest)
-    else:
-        return LabelPart(p_y, p_rest, log_of(p_y), log_of(p_rest), log_q_y, log_q_rest)
-
-
-@triton.jit
-def read_row(x, steps, w, reads_target: tl.constexpr, o: tl.constexpr, BLOCK: tl.constexpr):
-    """The first pass: running maxima and sums, all in one reading of the row."""
-    zero = tl.full((), 0.0, tl.float32)
-    lowest = tl.full((), -INFINITY, tl.float32)
-    max_1, max_s, max_t, max_2 = lowest, lowest, lowest, lowest
-    sum_1, sum_s, sum_t, sum_2 = zero, zero, zero, zero
-    soft_rest, count, label_mass = zero, zero, zero
-    for step in range(0, steps):
-        at = block_of(step, steps, BLOCK, False)
-        s = read_student(x, at)
-        if o.ce:
-            max_1, sum_1 = _merge(max_1, sum_1, s, 1.0)
-        if o.spreads_label:
-            label_mass += tl.sum(label_target(x, at, w, o), 0)
-        if o.divergence:
-            allowed = without_label(x, at, allowed_classes(x, at, o), o)
-        if o.counts:
-            count += tl.sum(tl.where(allowed, 1.0, 0.0), 0)
-        if o.between_softmaxes:
-            max_s, sum_s = _merge(max_s, sum_s, _only(allowed, s, o), w.inverse)
-            if reads_target and o.form == LOGITS:
-                t = _target_logits(x, at, s, w, o)
-                max_t, sum_t = _merge(max_t, sum_t, _only(allowed, t, o), w.inverse)
-                if o.second:
-                    t = _second_logits(x, at, o)
-                    max_2, sum_2 = _merge(max_2, sum_2, _only(allowed, t, o), w.inverse)
-            if o.sums_given:
-                sum_t += tl.sum(tl.where(allowed, _given(x, at, o), 0.0), 0)
-                if o.second:
-                    second = tl.load(x.second + at, mask=allowed, other=0.0).to(tl.float32)
-                    sum_2 += tl.sum(second, 0)
-            if o.mixes and o.soft and o.leaves_out:
-                soft_rest += tl.sum(tl.load(x.soft + at, mask=allowed, other=0.0).to(tl.float32), 0)
-    return max_1, sum_1, max_s, sum_s, max_t, sum_t, max_2, sum_2, soft_rest, count, label_mass
-
-
-@triton.jit
-def statistics_of(x, steps, w, reads_target: tl.constexpr, o: tl.constexpr, BLOCK: tl.constexpr):
-    """Statistics and LabelPart of a row."""
-    max_1, sum_1, max_s, sum_s, max_t, sum_t, max_2, sum_2, soft_rest, count, label_mass = read_row(
-        x, steps, w, reads_target, o, BLOCK
-    )
-    if o.ce and not o.spreads_label:
-        label_mass = 1.0
-        if o.class_weight:
-            known = x.label >= 0
-            label_mass = tl.load(x.class_weight + x.label, mask=known, other=0.0).to(tl.float32)
-    log_t, log_2 = tl.log(sum_t), tl.log(sum_2)
-    log_t_all, log_2_all = log_t, log_2
-    max_t, max_2 = _finite_or_zero(max_t), _finite_or_zero(max_2)
-    scale, mass = 1.0, 1.0
-    p_y, p_rest = 0.0, 0.0
-    if o.sums_given:
-        mass = sum_t
-    found = Statistics(
-        _finite_or_zero(max_1), 1.0 / sum_1, tl.log(sum_1), _finite_or_zero(max_s), 1.0 / sum_s, tl.log(sum_s),
-        max_t, 1.0 / sum_t, log_t, log_t_all, max_2, log_2_all, scale, mass, 1.0 / tl.maximum(count, 1.0), label_mass,
-    )  # fmt: skip
-    if o.leaves_out and o.between_softmaxes:
-        s_label, t_label, second_label = _label_logits(x, w, o)
-        if not o.plain:
-            second_rest = log_2 if o.form == LOGITS else sum_2
-            p_y, p_rest = _masses(x, found, t_label, second_label, sum_t, second_rest, soft_rest, w, o)
-            scale = 1.0 / tl.where(p_rest > 0, p_rest, 1.0)
-            mass = excess(p_rest, scale)
-            log_t_all = _with_label(log_t, (t_label - max_t) * w.inverse)
-            log_2_all = _with_label(log_2, (second_label - max_2) * w.inverse)
-        part = _label_part(found, s_label, t_label, p_y, p_rest, w, o)
-    else:
-        part = LabelPart(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    found = Statistics(
-        found.max_1, found.inverse_1, found.log_1, found.max_s, found.inverse_s, found.log_s,
-        max_t, found.inverse_t, log_t, log_t_all, max_2, log_2_all, scale, mass, found.inverse_count, label_mass,
-    )  # fmt: skip
-    return found, part
-
-
-@triton.jit
 def _logit_block(x, at, found, w, o: tl.constexpr):
     s = read_student(x, at)
-    t = _target_logits(x, at, s, w, o)
+    t = target_logits(x, at, s, w, o)
     valid = without_label(x, at, allowed_classes(x, at, o), o)
     valid = valid & ~((s == t) & (tl.abs(s) == INFINITY))
     gap = (s - t) * w.inverse if o.kind == LOG_COSH else s - t
@@ -419,7 +223,7 @@ def _softmax_block(x, at, found, w, reads_target: tl.constexpr, o: tl.constexpr)
     if not reads_target:
         p, log_p, gap = tl.zeros_like(q), log_q, tl.zeros_like(q)
     elif o.plain:
-        t = _target_logits(x, at, s, w, o)
+        t = target_logits(x, at, s, w, o)
         below = (t - found.max_t) * w.inverse
         log_p = tl.where(kept, below - found.log_t, -INFINITY)
         p = tl.where(kept, tl.exp(below) * found.inverse_t, 0.0)
@@ -439,4 +243,3 @@ def read_block(x, at, found, w, reads_target: tl.constexpr, o: tl.constexpr):
         return _logit_block(x, at, found, w, o)
     else:
         return _softmax_block(x, at, found, w, reads_target, o)
-

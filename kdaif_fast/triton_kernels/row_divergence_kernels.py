@@ -22,7 +22,6 @@ from .row_divergence_rows import (
 from .row_divergence_sums import statistics_of
 from .row_divergence_terms import DECOUPLED, LOGIT_MSE, TOP_K, excess, times
 
-
 # Arguments whose values are no reason to compile once more.
 NUMBERS = ("N", "K", "top_k", "ignore_index")
 

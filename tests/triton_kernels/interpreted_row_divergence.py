@@ -187,12 +187,20 @@ class TestAgainstReference:
         compare(kernels, Case(kind=kind, shape=shape, dtype=torch.float16))
 
     @pytest.mark.parametrize("options", OPTIONS)
-    @pytest.mark.parametrize("kind", [KL, SKEW_FORWARD, DECOUPLED, LOG_COSH])
+    @pytest.mark.parametrize("kind", [KL, SKEW_FORWARD, DECOUPLED])
     def test_options(self, kernels, kind, options):
-        chosen = dict(OPTIONS[options])
-        if kind == LOG_COSH:  # between logits there is no mixture
-            chosen.update(second=False, label_mix=0.0)
-        compare(kernels, Case(kind=kind, **chosen))
+        compare(kernels, Case(kind=kind, **OPTIONS[options]))
+
+    @pytest.mark.parametrize("options", ["rows", "exclude label", "slice and mask", "interpolation", "class weights"])
+    @pytest.mark.parametrize("kind", [LOGIT_MSE, LOG_COSH])
+    def test_options_between_logits(self, kernels, kind, options):
+        compare(kernels, Case(kind=kind, **OPTIONS[options]))
+
+    def test_equal_infinities_between_logits(self, kernels):
+        for kind in (LOGIT_MSE, LOG_COSH):
+            case = Case(kind=kind, shape=(1, 40), ce=0.0)
+            case.student[0, 3] = case.teacher[0, 3] = -math.inf
+            compare(kernels, case)
 
     @pytest.mark.parametrize("kind", set(KINDS) - {LOGIT_MSE, LOG_COSH})
     def test_every_kind_with_everything_in_more_than_one_block(self, kernels, kind):
@@ -240,6 +248,18 @@ class TestAgainstReference:
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
         for u in (every_second(tangents), tangents.transpose(0, 1).contiguous().transpose(0, 1)):
             assert torch.equal(kernels.row_divergence_hvp(u, False, *case.args()), expected_product)
+
+    def test_offsets_beyond_int32(self, kernels):
+        """Two rows 2^31 elements apart, in memory of which little more than they is ever touched."""
+        case = Case(shape=(2, 40), dtype=torch.float16)
+        expected = kernels.row_divergence_with_grad(*case.args())
+        far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 40), (2**31, 1))
+        far.copy_(case.student)
+        case.student = far
+        ours = kernels.row_divergence_with_grad(*case.args())
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+        product = kernels.row_divergence_hvp(far[None], False, *case.args())
+        assert torch.equal(product, kernels.row_divergence_hvp(far[None].contiguous(), False, *case.args()))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -311,6 +331,12 @@ class TestNumbers:
     def test_classes_only_the_teacher_excludes(self, kernels, kind):
         case = Case(kind=kind, shape=(1, 40))
         case.teacher[0, 5:9] = -math.inf
+        compare(kernels, case)
+
+    @pytest.mark.parametrize("kind", [KL, JENSEN_SHANNON, DECOUPLED])
+    def test_the_label_has_all_of_the_target(self, kernels, kind):
+        case = Case(kind=kind, form=PROBABILITIES, shape=(1, 40), other=0.4 * (kind == DECOUPLED), exclude=True)
+        case.teacher = torch.nn.functional.one_hot(case.label_values, 40).float()
         compare(kernels, case)
 
     def test_no_class_is_allowed(self, kernels):

@@ -77,4 +77,4 @@ def test_candidates():
                 assert block & (block - 1) == 0
                 assert block * tile <= WIDEST_BLOCK
                 assert block * tile <= 256 * warps or warps == 1
-            assert len(candidates(V, tile)) == 1 or V > WIDEST_BLOCK // tile
+            assert len(candidates(V, tile)) == 1 or WIDEST_BLOCK // tile < V

@@ -11,7 +11,6 @@ from .row_divergence_rows import (
     Block,
     Row,
     block_of,
-    inside_divergence,
     label_target,
     read_block,
     read_settings,
@@ -208,13 +207,13 @@ def _tangents(pointer, at, inside, tangent_count, stride, TILE: tl.constexpr):
 
 
 @triton.jit
-def _label_product(x, at, q, v, sum_q, v_label, part, kd):
-    """The curvature of the label's own part times v, in s / T."""
+def _label_product(x, at, q, u, mean, u_label, part, kd):
+    """The curvature of the label's own part times u, in s / T."""
     q_y, q_rest = tl.exp(part.log_q_y), tl.exp(part.log_q_rest)
     all_q = q_rest * q + tl.where(at == x.label, q_y, 0.0)
-    mean = q_rest * sum_q + q_y * v_label
-    product = (part.p_y + part.p_rest) * all_q[None, :] * (v - mean[:, None])
-    return times(kd, product - part.p_rest * q[None, :] * (v - sum_q[:, None]))
+    all_mean = q_rest * mean + q_y * u_label
+    product = (part.p_y + part.p_rest) * all_q[None, :] * (u - all_mean[:, None])
+    return times(kd, product - part.p_rest * q[None, :] * (u - mean[:, None]))
 
 
 class TangentSums(NamedTuple):
@@ -224,12 +223,6 @@ class TangentSums(NamedTuple):
     mean: Any  # under q
     along: Any  # the curvature of the terms times the centred tangent
     mass: Any  # multiplies the softmax's own curvature
-
-
-@triton.jit
-def _inside(x, at, u, o: tl.constexpr):
-    """The tangents, 0 where there is no divergence."""
-    return tl.where(inside_divergence(x, at, o)[None, :], u, 0.0) if o.sliced else u
 
 
 @triton.jit
@@ -247,11 +240,10 @@ def _tangent_sums(pointer, count, stride, x, steps, found, w, o: tl.constexpr, T
             if o.ce:
                 mean_1 += tl.sum(softmax_1(b.s, found)[None, :] * u, 1)
             if o.between_softmaxes:
-                v = _inside(x, at, u, o)
-                mean += tl.sum(b.q[None, :] * v, 1)
+                mean += tl.sum(b.q[None, :] * u, 1)
                 if o.product_reads_target:
                     curvature, block_mass = _kept(x, at, b.term, o)
-                    along += tl.sum(curvature[None, :] * v, 1)
+                    along += tl.sum(curvature[None, :] * u, 1)
                     total += tl.sum(curvature, 0)
                     mass += tl.sum(block_mass, 0)
     if o.mass_known:
@@ -261,19 +253,18 @@ def _tangent_sums(pointer, count, stride, x, steps, found, w, o: tl.constexpr, T
 
 @triton.jit
 def _product(x, at, b, u, u_label, sums, found, part, w, o: tl.constexpr):
-    """A block of the curvature products."""
+    """A block of the curvature products. Classes that take no part have q and curvature 0: tangents need no mask."""
     h = tl.zeros_like(u)
     if o.divergence:
-        v = _inside(x, at, u, o)
         if o.between_logits:
-            h = _kept(x, at, b.term, o)[0][None, :] * v
+            h = _kept(x, at, b.term, o)[0][None, :] * u
         else:
-            centred = v - sums.mean[:, None]
+            centred = u - sums.mean[:, None]
             h = b.q[None, :] * (sums.mass * centred - sums.along[:, None])
             if o.product_reads_target:
                 h += _kept(x, at, b.term, o)[0][None, :] * centred
             if o.kind == DECOUPLED and o.kd:
-                h += _label_product(x, at, b.q, v, sums.mean, u_label, part, w.kd)
+                h += _label_product(x, at, b.q, u, sums.mean, u_label, part, w.kd)
         if o.kind != LOGIT_MSE:
             h = h * (w.inverse * w.inverse)
     if o.ce:

@@ -361,7 +361,8 @@ class TestNumbers:
         case.teacher = case.student + size * torch.randn(case.shape)
         loss = kernels.row_divergence(*case.args())
         expected = reference.row_divergence(*wide(case.args()))
-        assert ((loss - expected).abs() / expected).max() < 1e-6 + 1e-9 / size
+        # The logarithms of the sums are off by some 1e-7, whose square counts.
+        assert ((loss - expected).abs() < 1e-6 * expected + 1e-13).all()
 
     @pytest.mark.parametrize("temperature", [0.01, 1.0, 1e4])
     @pytest.mark.parametrize("kind", [KL, LOG_COSH, SKEW_FORWARD, DECOUPLED])

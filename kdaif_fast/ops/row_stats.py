@@ -68,14 +68,14 @@ _row_stats = define(
 
 def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """B batches of N rows are B * N rows. Rows are the results' second axis."""
-    folded = list(args)
-    for at in range(3):
-        if args[at] is not None:
-            x, dim = args[at], in_dims[at]
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            folded[at] = x.reshape(-1, *x.shape[2:]) if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    folded, rows = list(args), 0
+    for at, (x, dim) in enumerate(zip(args[:3], in_dims, strict=False)):
+        if x is not None:
+            batched = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            rows = batched.shape[1]
+            folded[at] = batched.reshape(info.batch_size * rows, *batched.shape[2:])
     stats, argmax = _row_stats(*folded)
-    return tuple(x.reshape(x.shape[0], info.batch_size, -1) for x in (stats, argmax)), (1, 1)
+    return tuple(x.reshape(x.shape[0], info.batch_size, rows) for x in (stats, argmax)), (1, 1)
 
 
 torch.library.register_vmap(_row_stats.name(), _vmap, lib=LIBRARY)
@@ -159,7 +159,7 @@ def row_stats(
         packed, argmax = _row_stats(
             student_logits, teacher_logits, rows, float(temperature), first_class, class_count, int(ignore_index)
         )
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # of the kernel, or of the reference; they have seen flattened labels
         if labels is not None and labels.device.type == "cpu" and not _derive.is_transformed(labels):
             _check_label_values(labels, V, ignore_index)
         raise
@@ -170,7 +170,7 @@ def _named(packed: Tensor, argmax: Tensor, shape: torch.Size, has_labels: bool, 
     missing = set() if has_labels else {"label", "ce"}
     missing |= set() if has_classes else {"mass"}
     if len(shape) != 1:
-        packed, argmax = packed.reshape(-1, *shape), argmax.reshape(-1, *shape)
+        packed, argmax = (x.reshape(x.shape[0], *shape) for x in (packed, argmax))
     values, tops = packed.unbind(), argmax.unbind()
     names = [(side, statistic) for side in ("student", "teacher")[: len(tops)] for statistic in reference.SIDE]
     fields = {f"{x}_{y}": value for (x, y), value in zip(names, values, strict=False) if y not in missing}
@@ -236,5 +236,7 @@ def _class_range(classes: slice | tuple[int, int] | None, V: int) -> tuple[int, 
     _is_integer("row_stats", "classes.start", start)
     _is_integer("row_stats", "classes.stop", stop)
     if not 0 <= start < stop <= V:
-        raise ValueError(f"row_stats: classes is {classes!r}, expected 0 <= start < stop <= {V} (the number of classes)")
+        raise ValueError(
+            f"row_stats: classes is {classes!r}, expected 0 <= start < stop <= {V} (the number of classes)"
+        )
     return start, stop - start

@@ -167,8 +167,9 @@ struct LabelPart {
 };
 
 template <class F>
-KDAIF_SHARED F label_part_value(const LabelPart<F>& l) {
-  return excess<F>(l.p_y, F(log_of(l.p_y)), l.log_q_y) + excess<F>(l.p_rest, F(log_of(l.p_rest)), l.log_q_rest);
+KDAIF_SHARED F label_part_value(const LabelPart<F>& l, bool normalised = false) {
+  return divergence<F>(l.p_y, F(log_of(l.p_y)), exp_of(l.log_q_y), l.log_q_y, normalised) +
+         divergence<F>(l.p_rest, F(log_of(l.p_rest)), exp_of(l.log_q_rest), l.log_q_rest, normalised);
 }
 
 // Its gradient in s / T: `label` at the label, `others` times the conditional q elsewhere.

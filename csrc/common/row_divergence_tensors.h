@@ -116,8 +116,8 @@ inline HeldRowDivergence hold(const RowInputs& in) {
     d.rows = h.held.back().const_data_ptr();
   }
   const bool needs_label = d.exclude_label || d.kind == DECOUPLED;
-  STD_TORCH_CHECK(d.labels != nullptr || !needs_label, "row_divergence: labels are needed to leave them out");
-  STD_TORCH_CHECK(d.labels != nullptr || d.soft_labels != nullptr || (d.rows == nullptr && d.ce == 0 && !d.mixes),
+  STD_TORCH_CHECK(in.labels.has_value() || !needs_label, "row_divergence: labels are needed to leave them out");
+  STD_TORCH_CHECK(in.labels.has_value() || in.soft_labels.has_value() || (!in.rows.has_value() && d.ce == 0 && !d.mixes),
                   "row_divergence: labels or soft_labels are needed");
   STD_TORCH_CHECK(d.form == LOGITS || !is_between_logits(d.kind), "row_divergence: a divergence between logits needs logits");
   return h;

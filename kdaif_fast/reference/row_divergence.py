@@ -30,6 +30,7 @@ from .row_terms import (
     LOG_COSH,
     LOGIT_MSE,
     LOGITS,
+    TOP_K,
     Choices,
     Rows,
     accumulation_dtype,
@@ -42,6 +43,16 @@ from .row_terms import (
     times,
     wide,
 )
+
+
+def _choices(choices: Sequence[int], student: Tensor, teacher: Tensor | None) -> Choices:
+    """With a class_count of -1 for as many classes as the teacher has (TOP_K: as the student has from there on)."""
+    c = Choices(*choices)
+    if c.class_count >= 0:
+        return c
+    if teacher is None or c.form == TOP_K:
+        return c._replace(class_count=student.shape[1] - c.first_class)
+    return c._replace(class_count=teacher.shape[1])
 
 
 def _used(index: int, rows: Tensor | None, numbers: Sequence[float]) -> bool:
@@ -104,7 +115,7 @@ def row_divergence(
     choices: Sequence[int],
 ) -> Tensor:
     """Loss of each row: [N]."""
-    r, c = settings(student, rows, numbers), Choices(*choices)
+    r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
     loss = wide(student).new_zeros(student.shape[0])
     if _used(1, rows, numbers):
         a = _label_target(student, labels, soft_labels, class_weight, numbers[7])
@@ -137,7 +148,7 @@ def row_divergence_grad(
     choices: Sequence[int],
 ) -> Tensor:
     """Gradient of the sum of row_divergence with respect to the student's logits: [N, V]."""
-    r, c = settings(student, rows, numbers), Choices(*choices)
+    r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
     V = student.shape[1]
     grad = torch.zeros_like(wide(student))
     if _used(1, rows, numbers):
@@ -183,7 +194,7 @@ def row_divergence_hvp(
     gauss_newton: for the divergences that are convex in q rather than in log q, the Hessian without the part that
     comes from the curvature of the softmax itself; never negative for weights that are not. The same for the others.
     """
-    r, c = settings(student, rows, numbers), Choices(*choices)
+    r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
     V, u = student.shape[1], wide(tangents).transpose(0, 1)
     hvp = torch.zeros_like(u)
 

@@ -29,7 +29,7 @@ def eager_row_stats(
     """Every statistic of row_stats, by name."""
     with torch.no_grad():
         ours, log_q, q = _side(student, labels, T, slice(*classes))
-        theirs, log_p, p = _side(teacher, labels, T, slice(*classes))
+        theirs, log_p, _ = _side(teacher, labels, T, slice(*classes))
         return {
             **{f"student_{name}": value for name, value in ours.items()},
             **{f"teacher_{name}": value for name, value in theirs.items()},

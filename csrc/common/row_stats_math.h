@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/row_divergence_math.h"  // divergence
 #include "common/shared.h"
 
 namespace kdaif {
@@ -55,11 +56,25 @@ KDAIF_SHARED void write_stats(const StatSums<F>& sums, const StatLogits<F>& logi
   out[STAT_MASS * step] = wishes.mass ? sums.mass / sums.total : nan;
 }
 
-// KL(a || b) from sum e_a (x_a - x_b). Rounding can put that of equal distributions a hair below 0; NaN must stay NaN.
 template <class F>
-KDAIF_SHARED F stat_divergence(F cross, F total_a, F total_b) {
-  const F kl = cross / total_a - std::log(total_a) + std::log(total_b);
-  return kl < 0 ? F(0) : kl;
+struct StatDivergences {
+  F forward, reverse;  // KL(teacher || student), KL(student || teacher)
+};
+
+// From forward = sum e_t (x_t - x_s), reverse = sum e_s (x_s - x_t) and the sums of e.
+template <class F>
+KDAIF_SHARED StatDivergences<F> stat_divergences(F forward, F reverse, F student, F teacher) {
+  const F log_ratio = std::log(student) - std::log(teacher);
+  return {forward / teacher + log_ratio, reverse / student - log_ratio};
 }
+
+// Where one is, a difference of sums has lost too many digits: both are formed again term by term, by `divergence`.
+template <class F>
+KDAIF_SHARED bool one_is_small(StatDivergences<F> kl) {
+  return kl.forward < F(1.0 / 64) || kl.reverse < F(1.0 / 64);
+}
+
+// Rounding can put the divergence of equal distributions a hair below 0; NaN must stay NaN.
+template <class F> KDAIF_SHARED F lifted(F kl) { return kl < 0 ? F(0) : kl; }
 
 }  // namespace kdaif

@@ -4,12 +4,10 @@
 #include <optional>
 #include <tuple>
 
-#include "common/kd_loss_tensors.h"
+#include "common/row_divergence_tensors.h"
 #include "common/row_stats_math.h"
 
 namespace kdaif {
-
-using MaybeTensor = std::optional<Tensor>;
 
 // The op's arguments, checked, with dense rows; and where its results go.
 struct RowStatsTensors {

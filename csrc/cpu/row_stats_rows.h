@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/kd_loss_rows.h"  // ElementType
+#include "cpu/row_divergence_rows.h"  // ElementType
 #include "cpu/level.h"
 
 namespace kdaif {

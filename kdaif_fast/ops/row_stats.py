@@ -1,13 +1,13 @@
-"""row_stats: per-row statistics of two sets of logits in one pass, for weight rules and selectors; and their means.
+"""row_stats: per-row statistics of two sets of logits in one pass, for weight rules and selectors.
 
-One op, `row_stats`, returns them packed; `RowStats` gives them names. They are measurements: nothing here has a gradient.
+One op returns them packed; `RowStats` gives them names. They are measurements: nothing here has a gradient.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,32 +16,7 @@ from .. import _derive
 from .._library import LIBRARY, define
 from ..reference import row_stats as reference
 from . import _check
-
-
-class RowStats(NamedTuple):
-    """Statistics of each row, every one of shape [...]; None where what it needs was not given.
-
-    float32 (float64 for float64 logits), but for the arg-maxima (int64) and `agreement` (bool). q is the student's
-    softmax at the temperature, p the teacher's. `row_stats` says more.
-    """
-
-    student_max: Tensor | None = None  # largest probability
-    student_label: Tensor | None = None  # the label's probability
-    student_margin: Tensor | None = None  # log-probability of the label (the arg-max, without labels) - largest other
-    student_entropy: Tensor | None = None  # nats
-    student_argmax: Tensor | None = None  # lowest index of the largest logit
-    student_ce: Tensor | None = None  # -log q[label], nats
-    student_mass: Tensor | None = None  # probability of the class slice
-    teacher_max: Tensor | None = None
-    teacher_label: Tensor | None = None
-    teacher_margin: Tensor | None = None
-    teacher_entropy: Tensor | None = None
-    teacher_argmax: Tensor | None = None
-    teacher_ce: Tensor | None = None
-    teacher_mass: Tensor | None = None
-    forward_kl: Tensor | None = None  # KL(p || q), nats
-    reverse_kl: Tensor | None = None  # KL(q || p), nats
-    agreement: Tensor | None = None  # whether the arg-maxima are the same
+from ._row_stats import RowStats
 
 
 def _kernel(student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +67,8 @@ def row_stats(
 ) -> RowStats:
     """What a weight rule or a selector asks about each row's predictions, in one pass over both sets of logits.
 
-    All statistics are of q = softmax(student / temperature) and p = softmax(teacher / temperature), cross-entropies too.
+    All statistics are of q = softmax(student / temperature) and p = softmax(teacher / temperature), cross-entropies
+    included.
 
     - max, argmax: the largest probability, and the lowest index that has the largest logit.
     - label, ce: the label's probability, and minus its logarithm, in nats.
@@ -119,10 +95,10 @@ def row_stats(
         ignore_index: in rows with this label, what depends on the label (label, margin, ce) is NaN; the rest is there.
 
     Returns:
-        RowStats of tensors [...]: float32 (float64 for float64 logits), int64 arg-maxima, bool agreement. In a row whose
-        logits have a NaN or +inf, or -inf only, this network's floats and the divergences are NaN, and the arg-max is the
-        first NaN, else the first largest. float32 statistics are sums of V terms of float32: a KL or an entropy below
-        1e-6 is lost in rounding.
+        RowStats of tensors [...]: float32 (float64 for float64 logits), int64 arg-maxima, bool agreement. A row with a
+        NaN or +inf among its logits, or with -inf only, has no softmax: its network's floats and the divergences are
+        NaN, and its arg-max is the first NaN, else the first of the largest. In float32 an entropy or cross-entropy
+        below 1e-6 is lost in rounding; small divergences keep their digits.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -130,8 +106,8 @@ def row_stats(
             depends on that label), a temperature that is not positive and finite, a class slice that is empty or not
             within [0, V]. Each names the argument and its value.
 
-    Memory: 72 bytes a row (24 without a teacher, twice the floats for float64) and nothing of size V. Logits are read in
-        place if a row's classes are contiguous, else copied.
+    Memory: 72 bytes a row (32 without a teacher; for float64 128 and 56), nothing of size V. Logits are read in place
+        if a row's classes are contiguous, else copied.
 
     Example:
         >>> import torch
@@ -231,7 +207,8 @@ def _class_range(classes: slice | tuple[int, int] | None, V: int) -> tuple[int, 
         start, stop = classes
     else:
         raise TypeError(
-            f"row_stats: classes is {reprlib.repr(classes)} ({type(classes).__name__}), expected a slice or (start, stop)"
+            f"row_stats: classes is {reprlib.repr(classes)} ({type(classes).__name__}), expected a slice or "
+            "(start, stop)"
         )
     _is_integer("row_stats", "classes.start", start)
     _is_integer("row_stats", "classes.stop", stop)

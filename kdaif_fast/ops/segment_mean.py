@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _derive
 from . import _check
-from .row_stats import RowStats
+from ._row_stats import RowStats
 
 
 @overload
@@ -34,7 +34,7 @@ def segment_mean(
     in float64. Differentiable in tensor values and weight, for what that is worth to the caller.
 
     Args:
-        values: [...] float or bool (whose mean is a share), or RowStats: then every field, but for the arg-maxima, whose
+        values: [...] float or bool (whose mean is a share), or RowStats: then every field but the arg-maxima, whose
             mean has no meaning.
         segments: int64 [...], 0 <= segment < count, in any order.
         count: number of segments. Default: the largest there is + 1 (looks at the values, so waits for a GPU, and must

@@ -37,8 +37,9 @@ def row_stats(
 ) -> tuple[Tensor, Tensor]:
     """Statistics [6 or 14, N], in the order above, and arg-maxima int64 [1 or 2, N].
 
-    What has no meaning is NaN: what needs a label where there is none, it is ignore_index, or outside [0, V); the mass of
-    no classes (class_count 0); all floats of a row whose logits have no softmax (NaN, +inf, or -inf everywhere).
+    What has no meaning is NaN: what needs a label where there is none, it is ignore_index, or outside [0, V) (a margin
+    takes the arg-max where there are no labels at all); the mass of no classes (class_count 0); all floats of a row
+    whose logits have no softmax (NaN, +inf, or -inf everywhere).
     """
     classes = slice(first_class, first_class + class_count)
     student, log_q, argmax = _side(student_logits, labels, temperature, classes, ignore_index)

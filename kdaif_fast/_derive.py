@@ -13,7 +13,6 @@ a transform or a compiler, since rules that torch ignores give zeros, not errors
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,15 +42,12 @@ class Rules(NamedTuple):
 
     backward(inputs, needs_grad, *grad_outputs) -> one gradient or None per input
     jvp(inputs, *tangents) -> the output's tangent; a tangent is None where an input has none
-    row_inputs: for each input, whether its first axis counts rows; how vmap folds a batch into more rows
-    with_grad: optional; an op with the same inputs that returns (output, d output / d first input, row by row). An
-        eager call that will be differentiated uses it, so that the usual single backward pass costs a scaling.
+    fold: the op's vmap rule, usually from `fold_into_rows`
     """
 
     backward: Callable[..., Sequence[Tensor | None]]
     jvp: Callable[..., Tensor]
-    row_inputs: Sequence[bool]
-    with_grad: Any = None
+    fold: Callable[..., tuple[Tensor, int]]
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -102,7 +98,7 @@ def derive(op: Any, rules: Rules) -> None:
             return op(*args)
 
     LIBRARY.impl(op._opname, autograd_kernel, "Autograd")
-    torch.library.register_vmap(op.name(), _fold_into_rows(op, rules.row_inputs), lib=LIBRARY)
+    torch.library.register_vmap(op.name(), rules.fold, lib=LIBRARY)
 
 
 def _is_tracked(args: Sequence[Any]) -> bool:
@@ -124,27 +120,19 @@ def _single_level_function(op: Any, rules: Rules) -> Any:
             ctx.save_for_forward(*tensors)
             # Function.forward runs with both AD modes off, but outer transform levels need them on.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
-                if rules.with_grad is not None and _is_plain_backward(args):
-                    output, grad = rules.with_grad(*args)
-                    ctx.save_for_backward(*tensors, grad)
-                    return output
                 ctx.save_for_backward(*tensors)
                 return op(*args)
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-            inputs, grad = _restore(ctx)
+            inputs = _restore(ctx)
             if grad_outputs[0] is None:
                 return (None,) * len(inputs)
-            if grad is not None and not torch.is_grad_enabled() and sum(ctx.needs_input_grad) == 1:
-                scaled = _scale_rows(grad_outputs[0], grad)
-                if scaled is not None:
-                    return (scaled, *(None,) * (len(inputs) - 1))
             return tuple(rules.backward(inputs, ctx.needs_input_grad, *grad_outputs))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            inputs, _ = _restore(ctx)
+            inputs = _restore(ctx)
             with forward_ad._set_fwd_grad_enabled(True):
                 return rules.jvp([_without_tangent(a) for a in inputs], *tangents)
 
@@ -152,12 +140,9 @@ def _single_level_function(op: Any, rules: Rules) -> Any:
     return SingleLevel
 
 
-def _restore(ctx: Any) -> tuple[list[Any], Tensor | None]:
-    saved = list(ctx.saved_tensors)
-    count = sum(ctx.is_tensor)
-    tensors = iter(saved[:count])
-    inputs = [next(tensors) if t else c for t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-    return inputs, saved[count] if len(saved) > count else None
+def _restore(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if t else c for t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
 
 
 def _without_tangent(value: Any) -> Any:
@@ -167,53 +152,43 @@ def _without_tangent(value: Any) -> Any:
     return value
 
 
-def _is_plain_backward(args: Sequence[Any]) -> bool:
-    """Whether this is ordinary eager training on the CPU, with a gradient wanted for the first input only.
+def fold_into_rows(
+    op: Callable[..., Tensor], row_axes: Sequence[int | None], rows_of: int, output_axis: int = 0
+) -> Callable[..., tuple[Tensor, int]]:
+    """A vmap rule for an op whose rows are independent: B batches of N rows are B * N rows.
 
-    On a GPU bytes are the cost, and forming the gradient early saves none: recomputing reads what scaling would.
+    Args:
+        op: the op.
+        row_axes: for each input, the axis that counts rows, or None where the input has none.
+        rows_of: which input says how many rows there are; one with a row axis of 1 row for all is repeated.
+        output_axis: the output's axis of rows.
     """
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    first = tensors[0]
-    return (
-        first.requires_grad
-        and first.device.type == "cpu"
-        and all(type(t) in (Tensor, torch.nn.Parameter) and not _is_wrapped(t) for t in tensors)
-        and not any(t.requires_grad for t in tensors[1:])
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-    )
 
-
-def _scale_rows(factors: Tensor, rows: Tensor) -> Tensor | None:
-    """factors[i] * rows[i], without a pass over the rows if every factor is the same 1 (a sum or mean of losses).
-
-    None where scaling would round a second time (bfloat16, float16, unless by a power of two, as loss scalers do): the
-    caller then recomputes.
-    """
-    exact = factors.dtype == rows.dtype
-    if factors.stride(0) == 0 and factors.shape[0]:
-        try:
-            factor = factors[0].item()
-        except RuntimeError:  # a batch of gradients under autograd's own vmap, which has no single value
-            factor = math.nan
-        if factor == 1:
-            return rows
-        exact |= math.frexp(factor)[0] == 0.5
-    return (factors[:, None] * rows).to(rows.dtype) if exact else None
-
-
-def _fold_into_rows(op: Any, row_inputs: Sequence[bool]) -> Callable[..., tuple[Tensor, int]]:
-    """A vmap rule for an op whose rows are independent: B batches of N rows are B * N rows."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        folded = []
-        for argument, dim, has_rows in zip(args, in_dims, row_inputs, strict=True):
-            if has_rows:
-                batched = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-                rows = batched.shape[1]
-                argument = batched.reshape(info.batch_size * rows, *batched.shape[2:])
-            folded.append(argument)
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
+        in_dims = [dim if isinstance(dim, int) else None for dim in in_dims]  # lists of numbers have lists of None
+        dim = in_dims[rows_of]
+        axis = row_axes[rows_of]
+        assert axis is not None
+        sample = args[rows_of] if dim is None else args[rows_of].select(dim, 0)
+        rows = sample.shape[axis]
+        folded = [
+            argument
+            if axis is None or argument is None or (dim is None and argument.shape[axis] != rows)
+            else _fold(argument, dim, axis, info.batch_size, rows)
+            for argument, dim, axis in zip(args, in_dims, row_axes, strict=True)
+        ]
         output = op(*folded)
-        return output.reshape(info.batch_size, rows, *output.shape[1:]), 0
+        return output.unflatten(output_axis, (info.batch_size, rows)), output_axis
 
     return rule
+
+
+def _fold(argument: Tensor, dim: int | None, axis: int, batch: int, rows: int) -> Tensor:
+    shape = list(argument.shape)
+    if dim is None:
+        batched = argument.unsqueeze(axis).expand(*shape[:axis], batch, *shape[axis:])
+    else:
+        batched = argument.movedim(dim, axis)
+        batched = batched.expand(*batched.shape[: axis + 1], rows, *batched.shape[axis + 2 :])
+    # With explicit sizes: of no rows, or no batches, flatten could not know them.
+    return batched.reshape(*batched.shape[:axis], batch * rows, *batched.shape[axis + 2 :])

@@ -70,7 +70,7 @@ def _version_of(package: str) -> str:
 def _derivative_rules() -> str:
     if not _derive.AVAILABLE:
         return "off: this torch has moved what they rest on; the reference formulas are differentiated instead"
-    from .ops.kd_loss import rules_work
+    from .ops.row_rules import rules_work
 
     return "active" if rules_work() else "off: this torch ignores them; under a transform the reference is used"
 

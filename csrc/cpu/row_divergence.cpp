@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/row_divergence_tensors.h"
+#include "cpu/huge_pages.h"
 #include "cpu/level.h"
 #include "cpu/row_divergence_rows.h"
 
@@ -32,12 +33,17 @@ void check_values(const RowDivergence& d) {
                     i % d.top_k, "] = ", d.indices[i], ", expected 0 <= index < ", d.class_count);
 }
 
+void* fresh_rows(const Tensor& x) {
+  prefer_huge_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
+  return x.mutable_data_ptr();
+}
+
 // About 16k elements a task: below that, waking a thread costs more than the work.
 int64_t grain(int64_t V) { return std::max<int64_t>(1, 16384 / V); }
 
 void run(const RowDivergence& d, const Tensor& student, const Tensor* loss, const Tensor* grad) {
   check_values(d);
-  const RowResults results{loss ? loss->mutable_data_ptr() : nullptr, grad ? grad->mutable_data_ptr() : nullptr};
+  const RowResults results{loss ? loss->mutable_data_ptr() : nullptr, grad ? fresh_rows(*grad) : nullptr};
   const ElementType type = element_type(student);
   torch::stable::parallel_for(0, d.N, grain(d.V), [&](int64_t begin, int64_t end) {
     KDAIF_CALL_LEVEL(row_divergence_rows, d, type, results, begin, end);
@@ -46,7 +52,7 @@ void run(const RowDivergence& d, const Tensor& student, const Tensor* loss, cons
 
 void run_hvp(const RowDivergence& d, const Tensor& student, const Tensor& tangents, bool gauss_newton, const Tensor& out) {
   check_values(d);
-  const RowTangents k{tangents.const_data_ptr(), out.mutable_data_ptr(), tangents.size(0),
+  const RowTangents k{tangents.const_data_ptr(), fresh_rows(out), tangents.size(0),
                       tangents.stride(0),        tangents.stride(1),     gauss_newton};
   const ElementType type = element_type(student);
   torch::stable::parallel_for(0, d.N, grain(d.V * std::max<int64_t>(1, k.count)), [&](int64_t begin, int64_t end) {

@@ -1,7 +1,37 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
-from .kd_loss import kd_loss
-from .row_stats import RowStats, row_stats
+from ._row_stats import RowStats
+from .losses import (
+    dkd_loss,
+    js_loss,
+    kd_loss,
+    log_cosh_loss,
+    logit_mse_loss,
+    nkd_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    taid_loss,
+    total_variation_loss,
+)
+from .row_divergence import row_divergence
+from .row_hvp import row_hvp
+from .row_stats import row_stats
 from .segment_mean import segment_mean
 
-__all__ = ["RowStats", "kd_loss", "row_stats", "segment_mean"]
+__all__ = [
+    "RowStats",
+    "dkd_loss",
+    "js_loss",
+    "kd_loss",
+    "log_cosh_loss",
+    "logit_mse_loss",
+    "nkd_loss",
+    "reverse_kl_loss",
+    "row_divergence",
+    "row_hvp",
+    "row_stats",
+    "segment_mean",
+    "skew_kl_loss",
+    "taid_loss",
+    "total_variation_loss",
+]

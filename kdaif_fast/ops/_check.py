@@ -45,6 +45,13 @@ def is_positive(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} is {value!r}, expected a positive finite number")
 
 
+def is_finite(op: str, name: str, value: Any) -> None:
+    """Raise unless value is a finite number."""
+    _is_number(op, name, value, "a finite number")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} is {value!r}, expected a finite number")
+
+
 def is_share(op: str, name: str, value: Any) -> None:
     """Raise unless value is a number from 0 to 1."""
     _is_number(op, name, value, "a number from 0 to 1")
@@ -64,9 +71,12 @@ def is_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def are_labels(op: str, name: str, value: Tensor, classes: int) -> None:
-    """Raise ValueError at the first label outside [0, classes). Looks at the values."""
-    outside = ((value < 0) | (value >= classes)).flatten().nonzero()
+def are_labels(op: str, name: str, value: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError at the first label that is neither in [0, classes) nor ignore_index. Looks at the values."""
+    outside = (value < 0) | (value >= classes)
+    if ignore_index is not None:
+        outside &= value != ignore_index
+    outside = outside.flatten().nonzero()
     if len(outside):
         index = int(outside[0])
         label = int(value.flatten()[index])

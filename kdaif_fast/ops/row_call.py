@@ -1,0 +1,185 @@
+"""How a checked call of row_divergence is carried out: which op, with which weights, and how it is reduced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _derive
+from ..reference import row_divergence as reference
+from ..reference.row_terms import accumulation_dtype
+from . import _check, row_ops, row_rules
+
+PerRow = float | Tensor
+REDUCTIONS = ("none", "sum", "mean")
+NORMALIZERS = ("rows", "weights", "elements")
+
+
+@dataclass
+class RowCall:
+    """The arguments of one call, on rows: settings are numbers, or tensors with a value per row."""
+
+    tensors: list[Any]  # student, teacher, indices, second, labels, soft_labels, class_weight, mask, weight
+    settings: list[PerRow]  # the first seven numbers of the op
+    others: list[float]  # and the rest of them
+    choices: list[int]
+
+    def losses(self) -> Tensor:
+        """Loss of each row: [N]."""
+        return self._total(self.settings, is_sum=False)
+
+    def reduced(self, reduction: str, normalizer: str | float) -> Tensor:
+        """The sum of the rows' losses, or their mean."""
+        _check.is_choice("row_divergence", "reduction", reduction, REDUCTIONS)
+        if reduction == "sum":
+            return self._total(self.settings, is_sum=True)
+        share = self._share(normalizer)
+        if isinstance(share, Tensor):
+            return self._total(self.settings, is_sum=True) * share
+        settings = list(self.settings)
+        settings[1:4] = (x * share for x in settings[1:4])  # free, and the gradient needs no scaling either
+        return self._total(settings, is_sum=True)
+
+    def _share(self, normalizer: str | float) -> float | Tensor:
+        """What turns the sum into the mean; 0 rows have the mean 0."""
+        student, labels, weight = self.tensors[0], self.tensors[4], self.tensors[8]
+        if not isinstance(normalizer, str):
+            _check.is_positive("row_divergence", "normalizer", normalizer)
+            return 1.0 / normalizer
+        _check.is_choice("row_divergence", "normalizer", normalizer, NORMALIZERS)
+        if labels is not None:
+            kept = labels != self.choices[-1]
+        if normalizer == "weights":
+            if weight is None:
+                normalizer = "rows"
+            else:
+                total = weight.sum() if labels is None else weight.masked_fill(~kept, 0).sum()
+                return torch.where(total == 0, 0, 1 / total)
+        per_row = student.shape[1] if normalizer == "elements" else 1
+        if labels is None:
+            return 1.0 / max(student.shape[0] * per_row, 1)
+        if labels.device.type == "cpu" and not _derive.is_transformed(labels, student):
+            return 1.0 / max(int(kept.sum()) * per_row, 1)
+        return 1.0 / (kept.sum() * per_row).clamp(min=1).to(accumulation_dtype(student))
+
+    def products(self, tangents: Tensor, gauss_newton: bool) -> Tensor:
+        """Curvature of each row's loss times K tangents: [K, N, V] -> [K, N, V]."""
+        rows, numbers = self._numbers(self.settings, self.tensors[0])
+        given = [x for x in (tangents, *self.tensors, rows) if x is not None]
+        use_op = _derive.AVAILABLE and not (_derive.is_transformed(*given) and not row_rules.rules_work())
+        op: Any = row_ops.row_divergence_hvp if use_op else reference.row_divergence_hvp
+        return op(tangents, gauss_newton, *self.tensors, rows, numbers, self.choices)
+
+    def _total(self, settings: Sequence[PerRow], is_sum: bool) -> Tensor:
+        learned = [x for x in settings[1:4] if isinstance(x, Tensor) and _may_be_differentiated(x)]
+        if not learned:
+            return self._run(settings, is_sum)
+        # The loss is linear in these weights: one call for each part, and their gradients are the parts.
+        parts = []
+        for j in (1, 2, 3):
+            part_weight = settings[j]
+            if isinstance(part_weight, Tensor) or part_weight != 0:
+                alone: list[PerRow] = [*settings[:1], 0.0, 0.0, 0.0, *settings[4:]]
+                alone[j] = 1.0
+                parts.append(part_weight * self._run(alone, is_sum=False))
+        losses = sum(parts[1:], parts[0])
+        return losses.sum() if is_sum else losses
+
+    def _run(self, settings: Sequence[PerRow], is_sum: bool) -> Tensor:
+        tensors = self.tensors
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            # Made in inference mode (by a teacher, say): autograd cannot keep such tensors, but copies of them.
+            tensors = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
+        rows, numbers = self._numbers(settings, tensors[0])
+        try:
+            if _is_plain_training(tensors, rows):
+                return _Training.apply(is_sum, numbers, self.choices, *tensors, rows)
+            losses = _formula(tensors, rows)(*tensors, rows, numbers, self.choices)
+        except RuntimeError:
+            labels = tensors[4]
+            if labels is not None and not _derive.is_transformed(labels):
+                _check.are_labels("row_divergence", "labels", labels, tensors[0].shape[1], self.choices[-1])
+            raise
+        return losses.sum() if is_sum else losses
+
+    def _numbers(self, settings: Sequence[PerRow], student: Tensor) -> tuple[Tensor | None, list[float]]:
+        if not any(isinstance(x, Tensor) for x in settings):
+            return None, [*map(float, settings), *self.others]
+        N, dtype = student.shape[0], accumulation_dtype(student)
+        columns = [torch.as_tensor(x, dtype=dtype, device=student.device).expand(N) for x in settings]
+        return torch.stack(columns), [1.0] * len(settings) + self.others
+
+
+def _may_be_differentiated(x: Tensor) -> bool:
+    return (x.requires_grad and torch.is_grad_enabled()) or _derive.is_transformed(x)
+
+
+def _formula(tensors: Sequence[Any], rows: Tensor | None) -> Callable[..., Tensor]:
+    """The op, or its decomposed form where this torch would ignore the op's derivative rules."""
+    given = [x for x in (*tensors, rows) if x is not None]
+    if not _derive.AVAILABLE or (_derive.is_transformed(*given) and not row_rules.rules_work()):
+        return reference.row_divergence
+    return row_ops.row_divergence
+
+
+def _is_plain_training(tensors: Sequence[Any], rows: Tensor | None) -> bool:
+    """Whether this is ordinary eager training on the CPU, with a gradient wanted for the student only.
+
+    On a GPU bytes are the cost, and forming the gradient early saves none: recomputing reads what scaling would.
+    """
+    student = tensors[0]
+    if not (student.requires_grad and student.device.type == "cpu" and torch.is_grad_enabled()):
+        return False
+    given = [x for x in (*tensors, rows) if x is not None]
+    return (
+        _derive.AVAILABLE
+        and not _derive.is_transformed(*given)
+        and not any(x.requires_grad for x in given[1:])
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+    )
+
+
+class _Training(torch.autograd.Function):
+    """Loss and gradient in one pass over the logits, so that the usual backward pass has nothing left to do."""
+
+    @staticmethod
+    def forward(ctx: Any, is_sum: bool, numbers: list[float], choices: list[int], *tensors: Any) -> Tensor:
+        losses, grad = row_ops.row_divergence_with_grad(*tensors, numbers, choices)
+        ctx.save_for_backward(grad, *tensors)
+        ctx.constants = is_sum, numbers, choices
+        return losses.sum() if is_sum else losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        grad, *tensors = ctx.saved_tensors
+        is_sum, numbers, choices = ctx.constants
+        result = None if torch.is_grad_enabled() else _scaled(grad, upstream)
+        if result is None:
+            *tensors, weight, rows = tensors
+            scale = upstream.expand(grad.shape[0]) if is_sum else upstream
+            scale = scale if weight is None else scale * weight
+            result = row_ops.row_divergence_grad(*tensors, scale, rows, numbers, choices)
+        return None, None, None, result, *[None] * 9
+
+
+def _scaled(rows: Tensor, factor: Tensor) -> Tensor | None:
+    """factor * rows, without a pass over the rows if it is 1 (a sum or mean of losses).
+
+    None where scaling would round a second time (bfloat16, float16, unless by a power of two, as loss scalers do): the
+    caller then recomputes.
+    """
+    exact = factor.dtype == rows.dtype
+    if factor.dim() == 0 or (factor.stride(0) == 0 and factor.shape[0]):
+        try:
+            value = (factor if factor.dim() == 0 else factor[0]).item()
+        except RuntimeError:  # a batch of gradients under autograd's own vmap, which has no single value
+            value = math.nan
+        if value == 1:
+            return rows
+        exact |= math.frexp(value)[0] == 0.5
+    return ((factor if factor.dim() == 0 else factor[:, None]) * rows).to(rows.dtype) if exact else None

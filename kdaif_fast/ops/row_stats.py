@@ -22,7 +22,7 @@ from ._row_stats import RowStats
 def _kernel(student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """The reference as a kernel: a label out of range raises on the CPU; elsewhere nobody waits to look at it."""
     if labels is not None and labels.device.type == "cpu":
-        _check_label_values(labels, student.shape[1], options[-1])
+        _check.are_labels("row_stats", "labels", labels, student.shape[1], options[-1])
     return reference.row_stats(student, teacher, labels, *options)
 
 
@@ -135,9 +135,9 @@ def row_stats(
         packed, argmax = _row_stats(
             student_logits, teacher_logits, rows, float(temperature), first_class, class_count, int(ignore_index)
         )
-    except (RuntimeError, ValueError):  # of the kernel, or of the reference; they have seen flattened labels
+    except RuntimeError:
         if labels is not None and labels.device.type == "cpu" and not _derive.is_transformed(labels):
-            _check_label_values(labels, V, ignore_index)
+            _check.are_labels("row_stats", "labels", labels, V, ignore_index)
         raise
     return _named(packed, argmax, shape, labels is not None, class_count > 0)
 
@@ -180,18 +180,6 @@ def _check_arguments(
 def _is_integer(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {reprlib.repr(value)} ({type(value).__name__}), expected an integer")
-
-
-def _check_label_values(labels: Tensor, V: int, ignore_index: int) -> None:
-    """Raise ValueError at the first label that is neither a class nor ignore_index. Looks at the values."""
-    outside = (((labels < 0) | (labels >= V)) & (labels != ignore_index)).nonzero()
-    if len(outside):
-        index = tuple(outside[0].tolist())
-        at = ", ".join(map(str, index))
-        raise ValueError(
-            f"row_stats: labels[{at}] is {int(labels[index])}, expected 0 <= label < {V} (the number of classes) or "
-            f"{ignore_index} (ignore_index)"
-        )
 
 
 def _class_range(classes: slice | tuple[int, int] | None, V: int) -> tuple[int, int]:

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdaif_fast.reference.row_stats import packed_size
-
 WIDEST_BLOCK = 2048
+STATS_ALONE, STATS_OF_BOTH = 6, 14  # rows of the packed result, in the order of reference/row_stats.py
 
 SMALL_KL = tl.constexpr(1 / 64)  # below this, a difference of sums has lost too many digits
 NEAR = tl.constexpr(0.25)  # log-probabilities closer than this take the series
@@ -197,7 +196,8 @@ def row_stats(
     """Statistics [6 or 14, N], float32, and arg-maxima int64 [1 or 2, N]."""
     N, V = student.shape
     has_teacher = teacher is not None
-    stats = torch.empty((packed_size(has_teacher), N), dtype=torch.float32, device=student.device)
+    count = STATS_OF_BOTH if has_teacher else STATS_ALONE
+    stats = torch.empty((count, N), dtype=torch.float32, device=student.device)
     argmax = torch.empty((2 if has_teacher else 1, N), dtype=torch.int64, device=student.device)
     if N == 0:
         return stats, argmax

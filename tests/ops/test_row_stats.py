@@ -283,9 +283,9 @@ class TestBadInput:
             ({"labels": torch.zeros(2).long()}, ValueError, r"labels has shape \(2,\), expected \(3,\)"),
             ({"labels": torch.zeros(3)}, TypeError, "labels have dtype torch.float32, expected torch.int64"),
             ({"labels": [0, 1, 2]}, TypeError, r"labels is \[0, 1, 2\]"),
-            ({"labels": torch.tensor([0, 4, -1])}, ValueError, r"labels\[1\] is 4, expected 0 <= label < 4.*or -100"),
+            ({"labels": torch.tensor([0, 4, -1])}, ValueError, r"labels\[1\] is 4, expected 0 <= label < 4"),
             ({"labels": torch.tensor([0, 0, -1])}, ValueError, r"labels\[2\] is -1"),
-            ({"labels": torch.tensor([0, -100, 1]), "ignore_index": -1}, ValueError, r"labels\[1\] is -100.*or -1 "),
+            ({"labels": torch.tensor([0, -100, 1]), "ignore_index": -1}, ValueError, r"labels\[1\] is -100"),
             ({"temperature": 0.0}, ValueError, "temperature is 0.0, expected a positive finite number"),
             ({"temperature": math.nan}, ValueError, "temperature is nan"),
             ({"temperature": math.inf}, ValueError, "temperature is inf"),
@@ -312,10 +312,10 @@ class TestBadInput:
         with pytest.raises(error, match="^row_stats: .*" + message):
             row_stats(**arguments)
 
-    def test_labels_of_many_dimensions_are_named_by_all(self):
+    def test_labels_of_many_dimensions_are_counted_through(self):
         labels = torch.zeros(2, 3).long()
         labels[1, 2] = 9
-        with pytest.raises(ValueError, match=r"labels\[1, 2\] is 9"):
+        with pytest.raises(ValueError, match=r"labels\[5\] is 9"):
             row_stats(torch.zeros(2, 3, 4), labels=labels)
 
     def test_bad_labels_under_vmap_raise_too(self):

@@ -1,4 +1,4 @@
-"""The Triton kernel of row_stats without a GPU: run by Triton's interpreter, and compiled for GPUs that are not here."""
+"""The Triton kernel of row_stats without a GPU: run by the interpreter, and compiled for GPUs that are not here."""
 
 import os
 import re

@@ -123,6 +123,13 @@ def test_extremes(driver, T):
     assert torch.equal(argmax, expected_argmax)
 
 
+def test_small_divergences_keep_their_digits(driver):
+    student = 3 * torch.randn(3, 300)
+    teacher = student + 1e-3 * torch.randn_like(student)
+    ours, expected = run(driver, 0, student, teacher)[0][-2:], expected_of(student, teacher)[0][-2:]
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=0)
+
+
 def test_row_strides(driver):
     student, teacher, labels = inputs(5, 40, torch.float32)
     padded = torch.full((5, 64), math.nan)

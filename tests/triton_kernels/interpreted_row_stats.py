@@ -80,6 +80,12 @@ class TestInterpreted:
         expected, _ = expected_of(student, teacher, labels, T)
         assert_close(stats_of(student, teacher, labels, T)[0], expected, torch.float32)
 
+    def test_small_divergences_keep_their_digits(self, stats_of):
+        student = 3 * torch.randn(3, 300)
+        teacher = student + 1e-3 * torch.randn_like(student)
+        ours, expected = stats_of(student, teacher)[0][-2:], expected_of(student, teacher)[0][-2:]
+        torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=0)
+
     def test_strides(self, stats_of):
         student, teacher, labels = inputs(4, 40, torch.float32)
         padded = torch.full((4, 64), math.nan)

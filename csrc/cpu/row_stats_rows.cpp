@@ -4,6 +4,11 @@
 // Floor: 2 reads of V elements, but what is paid for is two exponentials a class; all else of the one pass that forms
 // them (entropies, both divergences, the slice's mass) shares them. The maxima come from a pass before it, which also
 // brings the row into the L1/L2 cache.
+//
+// Measured against eager PyTorch by `python -m pytest benchmarks/bench_row_stats.py -c benchmarks/pytest.ini`, AVX-512,
+// torch 2.13, one thread, medians of one run on a machine that others used too: [4096, 1000] float32 9.1x (torch.compile
+// 4.2x), bfloat16 9.2x, float64 4.6x; [512, 100] float32 4.2x. By CPU time, [4096, 1000] float32 takes 3.0 ms: 0.36 ns a
+// logit. Small divergences cost a row two more exponentials a class.
 #include "cpu/vector.h"
 
 #include "common/row_stats_math.h"

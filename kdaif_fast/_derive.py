@@ -28,7 +28,7 @@ try:
 
     _below_autograd = torch._C._AutoDispatchBelowAutograd
     _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    _unpack_dual = torch._VF._unpack_dual
+    _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
     AVAILABLE = True
 except (ImportError, AttributeError):  # a torch that has moved them
     AVAILABLE = False
@@ -82,6 +82,14 @@ def directional_derivative(function: Callable[[Tensor], Tensor], primal: Tensor,
             raise
         derivative = forward_ad.unpack_dual(function(forward_ad.make_dual(primal, tangent))).tangent
         return torch.zeros(()) if derivative is None else derivative
+
+
+def push(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The function's forward-mode derivative inside a jvp rule: on the rule's own level, since none can be added."""
+    duals = [_make_dual(primal, tangent, level=0) for primal, tangent in zip(primals, tangents, strict=True)]
+    output = function(*duals)
+    derivative = _unpack_dual(output, level=0)[1]
+    return torch.zeros_like(output) if derivative is None else derivative
 
 
 def derive(op: Any, rules: Rules) -> None:

@@ -3,7 +3,6 @@
 The silent failure here is a derivative that comes out as zero, so every comparison is of values.
 """
 
-import importlib
 import subprocess
 import sys
 import textwrap
@@ -12,10 +11,13 @@ import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+import kdaif_fast
 from kdaif_fast import _derive
-from kdaif_fast.reference import kd_loss as reference
-
-ops = importlib.import_module("kdaif_fast.ops.kd_loss")
+from kdaif_fast.ops import row_ops as ops
+from kdaif_fast.ops import row_rules
+from kdaif_fast.reference import row_divergence as reference
+from tests.ops.row_cases import ALL, arguments, plain_arguments
+from tests.ops.row_cases import CASES as ROW_CASES
 
 N, V, T, ALPHA = 3, 5, 2.0, 0.3
 
@@ -30,41 +32,34 @@ def tensors():
 
 STUDENT, TEACHER, LABELS, WEIGHT, G, U, W = tensors()
 
+
+def plain(function):
+    """A function of the family on plain distillation: (student, teacher, weight) -> result."""
+    return lambda s, t, w: function(*plain_arguments(s, t, LABELS, w, T, ALPHA))
+
+
+def plain_hvp(function):
+    return lambda u, s, t, w: function(u[None], False, *plain_arguments(s, t, LABELS, w, T, ALPHA))[0]
+
+
+def both(make):
+    """The same expression of the op and of the reference."""
+    return make(ops), make(reference)
+
+
 # Each op as a function of one differentiable argument, with the reference's version of the same.
 CASES = {
-    "kd_loss in student": (
-        lambda s: ops._kd_loss(s, TEACHER, LABELS, WEIGHT, T, ALPHA),
-        lambda s: reference.kd_loss(s, TEACHER, LABELS, WEIGHT, T, ALPHA),
+    "loss in student": (*both(lambda m: lambda s: plain(m.row_divergence)(s, TEACHER, WEIGHT)), STUDENT),
+    "loss in teacher": (*both(lambda m: lambda t: plain(m.row_divergence)(STUDENT, t, WEIGHT)), TEACHER),
+    "loss in weight": (*both(lambda m: lambda w: plain(m.row_divergence)(STUDENT, TEACHER, w * w)), WEIGHT),
+    "loss in both logits": (*both(lambda m: lambda x: plain(m.row_divergence)(x.sin(), x.cos(), WEIGHT)), STUDENT),
+    "grad in student": (*both(lambda m: lambda s: plain(m.row_divergence_grad)(s, TEACHER, G).sin()), STUDENT),
+    "grad in all": (
+        *both(lambda m: lambda x: plain(m.row_divergence_grad)(x.sin(), x.cos(), x.sum(-1)).sin()),
         STUDENT,
     ),
-    "kd_loss in teacher": (
-        lambda t: ops._kd_loss(STUDENT, t, LABELS, WEIGHT, T, ALPHA),
-        lambda t: reference.kd_loss(STUDENT, t, LABELS, WEIGHT, T, ALPHA),
-        TEACHER,
-    ),
-    "kd_loss in weight": (
-        lambda w: ops._kd_loss(STUDENT, TEACHER, LABELS, w * w, T, ALPHA),
-        lambda w: reference.kd_loss(STUDENT, TEACHER, LABELS, w * w, T, ALPHA),
-        WEIGHT,
-    ),
-    "kd_loss in both logits": (
-        lambda x: ops._kd_loss(x.sin(), x.cos(), LABELS, WEIGHT, T, ALPHA),
-        lambda x: reference.kd_loss(x.sin(), x.cos(), LABELS, WEIGHT, T, ALPHA),
-        STUDENT,
-    ),
-    "kd_loss_grad in student": (
-        lambda s: ops._kd_loss_grad(G, s, TEACHER, LABELS, T, ALPHA).sin(),
-        lambda s: reference.kd_loss_grad(G, s, TEACHER, LABELS, T, ALPHA).sin(),
-        STUDENT,
-    ),
-    "kd_loss_grad in all": (
-        lambda x: ops._kd_loss_grad(x.sum(-1), x.sin(), x.cos(), LABELS, T, ALPHA).sin(),
-        lambda x: reference.kd_loss_grad(x.sum(-1), x.sin(), x.cos(), LABELS, T, ALPHA).sin(),
-        STUDENT,
-    ),
-    "kd_loss_hvp in all": (
-        lambda x: ops._kd_loss_hvp(x.sum(-1), x.sin(), x.cos(), T, ALPHA),
-        lambda x: reference.kd_loss_hvp(x.sum(-1), x.sin(), x.cos(), T, ALPHA),
+    "hvp in all": (
+        *both(lambda m: lambda x: plain_hvp(m.row_divergence_hvp)(x.sin(), x.cos(), TEACHER, x.sum(-1))),
         STUDENT,
     ),
 }
@@ -113,9 +108,71 @@ def test_eager(case, transform):
     assert transform == "value" or right.abs().max() > 1e-6  # else the test could not see a zero
 
 
+# Arguments beside the student's logits that may be differentiated, and kinds that take other ways through the rules.
+GENERAL = {
+    "reverse KL in both logits": ("KL", ROW_CASES["all parts"], (0, 1)),
+    "Jensen-Shannon in both logits": ("JENSEN_SHANNON", ROW_CASES["divergence alone"], (0, 1)),
+    "skewed KL in teacher": ("SKEW_FORWARD", ROW_CASES["divergence alone"], (1,)),
+    "decoupled in both logits": ("DECOUPLED", ROW_CASES["all parts"], (0, 1)),
+    "two teachers, mixed": ("KL", ALL["two teachers"], (0, 1, 3, 8)),
+    "probabilities": ("CROSS_ENTROPY", ALL["probabilities"], (0, 1)),
+    "soft labels and class weights": ("KL", ALL["soft, smoothed and weighted"], (0, 5, 6)),
+    "settings by row": ("KL", ROW_CASES["settings by row"], (0, 9)),
+}
+
+
+@pytest.mark.parametrize(
+    "transform", ["value", "grad", "vjp", "jvp", "jacfwd", "hessian", "vmap", "vmap of grad", "vmap of hvp"]
+)
+@pytest.mark.parametrize("case", GENERAL)
+def test_general_arguments(case, transform):
+    """Moves several arguments at once, each along a function of x."""
+    torch.manual_seed(0)
+    kind, options, moving = GENERAL[case]
+    args = arguments(kind, options, 3, 5)
+
+    def along(function):
+        def f(x):
+            changed = list(args)
+            for at in moving:
+                changed[at] = args[at] + 0.1 * torch.cos((x[0] + x.square().sum()) * args[at])
+            return function(*changed)
+
+        return f
+
+    x = torch.linspace(0.1, 1.0, 6, dtype=torch.float64)
+    result = TRANSFORMS[transform](along(ops.row_divergence))(x)
+    expected = TRANSFORMS[transform](along(reference.row_divergence))(x)
+    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-10)
+    assert transform == "value" or expected.abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_vmap_over_every_argument(name, axis):
+    """One argument batched at a time, then all of them: batches are rows, and nothing else changes."""
+    args = arguments("JENSEN_SHANNON", ALL[name], 3, 8)
+    tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+    several = {i: torch.stack([args[i], args[i].flip(0)], axis) for i in tensors}
+    if args[2] is not None:
+        several[2] = torch.stack([args[2], args[2]], axis)
+    for batched in ([i] for i in tensors), [tensors]:
+        for chosen in batched:
+            changed = [several[i] if i in chosen else x for i, x in enumerate(args)]
+            dims = tuple(axis if i in chosen else None for i in range(len(args)))
+            one_by_one = [[x.select(axis, b) if i in chosen else x for i, x in enumerate(changed)] for b in range(2)]
+            for function in (ops.row_divergence, ops.row_divergence_grad):
+                expected = torch.stack([function(*a) for a in one_by_one])
+                torch.testing.assert_close(vmap(function, in_dims=dims)(*changed), expected)
+            u = torch.randn(2, 3, 8, dtype=torch.float64)
+            expected = torch.stack([ops.row_divergence_hvp(u, False, *a) for a in one_by_one])
+            ours = vmap(ops.row_divergence_hvp, in_dims=(None, None, *dims))(u, False, *changed)
+            torch.testing.assert_close(ours, expected)
+
+
 # What torch itself cannot compile, for the reference either, is not asked of the op.
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("case", ["kd_loss in both logits", "kd_loss_grad in all"])
+@pytest.mark.parametrize("case", ["loss in both logits", "grad in all"])
 def test_compiled(case, transform):
     torch.compiler.reset()
     ours, expected, x = CASES[case]
@@ -128,12 +185,12 @@ def test_compiled_backward(backend):
     torch.compiler.reset()
 
     def training_loss(s, t, y, w):
-        return ops.kd_loss(s * 2, t, y, weight=w, temperature=T, alpha=ALPHA, reduction="mean")
+        return kdaif_fast.ops.kd_loss(s * 2, t, y, weight=w, temperature=T, alpha=ALPHA, reduction="mean")
 
     leaves = [x.clone().requires_grad_() for x in (STUDENT, TEACHER, WEIGHT)]
     compiled = torch.compile(training_loss, fullgraph=True, backend=backend)
     loss = compiled(leaves[0], leaves[1], LABELS, leaves[2])
-    expected = reference.kd_loss(leaves[0] * 2, leaves[1], LABELS, leaves[2], T, ALPHA).mean()
+    expected = plain(reference.row_divergence)(leaves[0] * 2, leaves[1], leaves[2]).mean()
     torch.testing.assert_close(loss, expected)
     ours = torch.autograd.grad(loss, leaves)
     for a, b in zip(ours, torch.autograd.grad(expected, leaves), strict=True):
@@ -143,14 +200,17 @@ def test_compiled_backward(backend):
 def test_compiled_with_dynamic_shapes():
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda s, t, y: ops.kd_loss(s, t, y, temperature=T).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda s, t, y: kdaif_fast.ops.kd_loss(s, t, y, temperature=T).sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for rows, classes in ((4, 6), (9, 3), (17, 30)):
         s, t = torch.randn(2, rows, classes, dtype=torch.float64)
         y = torch.randint(classes, (rows,))
         s.requires_grad_()
         (ours,) = torch.autograd.grad(compiled(s, t, y), s)
-        (expected,) = torch.autograd.grad(reference.kd_loss(s, t, y, torch.ones(rows, dtype=s.dtype), T, 0.5).sum(), s)
+        (expected,) = torch.autograd.grad(reference.row_divergence(*plain_arguments(s, t, y, None, T)).sum(), s)
         torch.testing.assert_close(ours, expected)
 
 
@@ -166,8 +226,8 @@ def test_per_sample_gradients_of_a_model():
     per_sample = [
         vmap(grad(lambda *a, f=f: sample_loss(f, *a)), in_dims=(None, 0, 0, 0))(parameters, x, TEACHER, LABELS)
         for f in (
-            lambda s, t, y: ops.kd_loss(s, t, y, temperature=T),
-            lambda s, t, y: reference.kd_loss(s, t, y, torch.ones(1, dtype=s.dtype), T, 0.5),
+            lambda s, t, y: kdaif_fast.ops.kd_loss(s, t, y, temperature=T),
+            lambda s, t, y: reference.row_divergence(*plain_arguments(s, t, y, None, T)),
         )
     ]
     for name in parameters:
@@ -179,9 +239,9 @@ def test_dtypes_under_transforms(dtype):
     s, t = STUDENT.to(dtype), TEACHER.to(dtype)
 
     def loss(s):
-        return ops.kd_loss(s, t, LABELS, temperature=T).sum()
+        return kdaif_fast.ops.kd_loss(s, t, LABELS, temperature=T).sum()
 
-    expected = grad(lambda s: reference.kd_loss(s, t.double(), LABELS, torch.ones(N).double(), T, 0.5).sum())(
+    expected = grad(lambda s: reference.row_divergence(*plain_arguments(s, t.double(), LABELS, None, T)).sum())(
         s.double()
     )
     gradient = grad(loss)(s)
@@ -194,9 +254,13 @@ def test_dtypes_under_transforms(dtype):
 def test_no_rows_and_empty_batches():
     empty = torch.zeros(0, V, dtype=torch.float64)
     labels = torch.zeros(0, dtype=torch.int64)
-    assert jacrev(lambda s: ops.kd_loss(s, s.detach(), labels))(empty).shape == (0, 0, V)
-    assert vmap(lambda s: ops.kd_loss(s, TEACHER, LABELS))(torch.zeros(2, N, V, dtype=torch.float64)).shape == (2, N)
-    assert vmap(lambda s: ops.kd_loss(s, empty, labels))(torch.zeros(2, 0, V, dtype=torch.float64)).shape == (2, 0)
+    assert jacrev(lambda s: kdaif_fast.ops.kd_loss(s, s.detach(), labels))(empty).shape == (0, 0, V)
+    assert vmap(lambda s: kdaif_fast.ops.kd_loss(s, TEACHER, LABELS))(
+        torch.zeros(2, N, V, dtype=torch.float64)
+    ).shape == (2, N)
+    assert vmap(lambda s: kdaif_fast.ops.kd_loss(s, empty, labels))(
+        torch.zeros(2, 0, V, dtype=torch.float64)
+    ).shape == (2, 0)
 
 
 COLD_STARTS = {
@@ -233,8 +297,8 @@ COLD_STARTS = {
 @pytest.mark.parametrize("case", COLD_STARTS)
 def test_first_call_of_a_process(case):
     """The trial of the rules happens in whatever state the first caller is in; it must not be misled by that."""
-    code = "import torch, kdaif_fast, importlib\n" + textwrap.dedent(COLD_STARTS[case])
-    code += "\nassert importlib.import_module('kdaif_fast.ops.kd_loss').rules_work()"
+    code = "import torch, kdaif_fast\n" + textwrap.dedent(COLD_STARTS[case])
+    code += "\nfrom kdaif_fast.ops.row_rules import rules_work\nassert rules_work()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -247,24 +311,24 @@ class TestWithoutRules:
         if request.param == "moved names":
             monkeypatch.setattr(_derive, "AVAILABLE", False)
         else:
-            monkeypatch.setattr(ops, "_try_rules", lambda: False)
-        monkeypatch.setattr(ops, "_kd_loss", lambda *args: pytest.fail("the op was used"))
+            monkeypatch.setattr(row_rules, "_try_rules", lambda: False)
+        monkeypatch.setattr(ops, "row_divergence", lambda *args: pytest.fail("the op was used"))
 
     @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap of grad"])
     def test_falls_back(self, broken, transform):
         def f(s):
-            return ops.kd_loss(s, TEACHER, LABELS, weight=WEIGHT, temperature=T, alpha=ALPHA)
+            return kdaif_fast.ops.kd_loss(s, TEACHER, LABELS, weight=WEIGHT, temperature=T, alpha=ALPHA)
 
-        expected = TRANSFORMS[transform](CASES["kd_loss in student"][1])(STUDENT)
+        expected = TRANSFORMS[transform](CASES["loss in student"][1])(STUDENT)
         torch.testing.assert_close(TRANSFORMS[transform](f)(STUDENT), expected)
 
     def test_the_trial_sees_zeros(self, monkeypatch):
         """An op that has no rules gives zero derivatives, silently: the trial must say so."""
         library = torch.library.Library("kdaif_fast_test_no_rules", "DEF")
-        library.define("loss(Tensor s, Tensor t, Tensor y, Tensor w, float T, float alpha) -> Tensor")
-        library.impl("loss", reference.kd_loss, "CompositeExplicitAutograd")
-        monkeypatch.setattr(ops, "_kd_loss", torch.ops.kdaif_fast_test_no_rules.loss.default)
-        assert ops._try_rules.__wrapped__() is False
+        library.define(f"loss{str(ops.row_divergence._schema).removeprefix('kdaif_fast::row_divergence')}")
+        library.impl("loss", reference.row_divergence, "CompositeExplicitAutograd")
+        monkeypatch.setattr(row_rules, "row_divergence", torch.ops.kdaif_fast_test_no_rules.loss.default)
+        assert row_rules._try_rules.__wrapped__() is False
 
     def test_the_trial_passes_here(self):
-        assert ops._try_rules.__wrapped__() is True
+        assert row_rules._try_rules.__wrapped__() is True

@@ -53,6 +53,12 @@ struct Term {
 // a log(a / b), 0 where a is 0; NaN stays NaN.
 template <class F, class X> KDAIF_SHARED X excess(X a, X log_a, X log_b) { return select(a > F(0), a * (log_a - log_b), a); }
 
+// log(m) of a mixture m of a and b, finite where m underflows though a or b does not.
+template <class F, class X> KDAIF_SHARED X log_of_mixture(X m) {
+  constexpr F tiny = sizeof(F) == 8 ? F(2.2250738585072014e-308) : F(1.17549435e-38);
+  return log_of(select(m < tiny, m * F(0) + tiny, m));
+}
+
 // Terms that sum to KL(a || b). Of normalised distributions a log(a / b) + b - a: no such term is negative, and where a
 // and b are nearly equal, a series does without their difference.
 template <class F, class X>
@@ -96,19 +102,19 @@ KDAIF_SHARED Term<X> row_term(X q, X log_q, X p, X log_p, const TermSettings<F>&
   } else if constexpr (kind == SWAPPED_CROSS_ENTROPY) {
     t.value = t.first = t.second = kd * select(q > F(0), -q * log_p, q);
   } else if constexpr (kind == JENSEN_SHANNON) {
-    const X m = w.skew * p + rest * q, log_m = log_of(m), share = select(m > F(0), p / m, m);
+    const X m = w.skew * p + rest * q, log_m = log_of_mixture<F>(m), share = select(m > F(0), p / m, m);
     const X along = rest * excess<F>(q, log_q, log_m);
     t.value = kd * (w.skew * excess<F>(p, log_p, log_m) + along);
     t.first = kd * along;
     t.second = kd * (along + rest * w.skew * q * share);
   } else if constexpr (kind == SKEW_FORWARD) {
     const X m = w.skew * p + rest * q, share = select(m > F(0), p / m, m);
-    t.value = kd * excess<F>(p, log_p, X(log_of(m)));
+    t.value = kd * excess<F>(p, log_p, log_of_mixture<F>(m));
     t.first = -kd * rest * q * share;
     t.second = t.first * w.skew * share;
   } else if constexpr (kind == SKEW_REVERSE) {
     const X m = w.skew * q + rest * p, share = select(m > F(0), rest * p / m, m);
-    const X value = excess<F>(q, log_q, X(log_of(m)));
+    const X value = excess<F>(q, log_q, log_of_mixture<F>(m));
     t.value = kd * value;
     t.first = kd * (value + q * share);
     t.second = kd * (value + q * share + q * share * share);

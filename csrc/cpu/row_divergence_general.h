@@ -152,6 +152,8 @@ void put_mixture(const RowDivergence& d, int64_t i, const RowSettings<F>& r, con
 // log of the label's and of the others' share, from log sum exp of the others.
 template <class F> void shares(F label_logit, LogSum<F> others, F& log_label, F& log_rest) {
   const F a = label_logit - others.max, b = others.log_sum, m = a > b ? a : b;
+  log_label = log_rest = m;
+  if (m == -F(INFINITY)) return;  // no class takes part
   const F total = m + std::log(std::exp(a - m) + std::exp(b - m));
   log_label = a - total, log_rest = b - total;
 }

@@ -222,20 +222,20 @@ constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 KDAIF_INLINE Floats exp_of(Floats x) { return exp2_of(x * float(LOG2_E)); }
 KDAIF_INLINE Doubles exp_of(Doubles x) { return exp2_of(x * LOG2_E); }
 
-// The natural logarithm of x >= 0: x = 2^e m with m from sqrt(1/2) to sqrt(2), log m = 2 artanh((m - 1) / (m + 1)). Below
-// the smallest normal number: -inf.
+// The natural logarithm of x >= 0: x = 2^e m with m from sqrt(1/2) to sqrt(2), log m = 2 artanh((m - 1) / (m + 1)).
+// Subnormal numbers count as the smallest normal one.
 KDAIF_INLINE Floats log_of(Floats x) {
-  const Ints bits = (Ints)x, e = (bits - 0x3f3504f3) >> 23;
+  const Ints bits = (Ints)max_of(x, all(1.17549435e-38f)), e = (bits - 0x3f3504f3) >> 23;
   const Floats m = (Floats)(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), z = s * s;
   Floats p = float(2.0 / 9) * z + float(2.0 / 7);
   p = p * z + float(2.0 / 5);
   p = p * z + float(2.0 / 3);
   p = p * z + 2.0f;
   const Floats value = __builtin_convertvector(e, Floats) * float(LN_2) + p * s;
-  return x < 1.17549435e-38f ? all(-__builtin_inff()) : x < __builtin_inff() ? value : x;
+  return x == 0.0f ? all(-__builtin_inff()) : x < __builtin_inff() ? value : x;
 }
 KDAIF_INLINE Doubles log_of(Doubles x) {
-  const Longs bits = (Longs)x, e = (bits - 0x3fe6a09e667f3bcd) >> 52;
+  const Longs bits = (Longs)max_of(x, all(2.2250738585072014e-308)), e = (bits - 0x3fe6a09e667f3bcd) >> 52;
   const Doubles m = (Doubles)(bits - (e << 52)), s = (m - 1.0) / (m + 1.0), z = s * s;
   Doubles p = 2.0 / 21 * z + 2.0 / 19;
   p = p * z + 2.0 / 17;
@@ -248,7 +248,7 @@ KDAIF_INLINE Doubles log_of(Doubles x) {
   p = p * z + 2.0 / 3;
   p = p * z + 2.0;
   const Doubles value = __builtin_convertvector(e, Doubles) * LN_2 + p * s;
-  return x < 2.2250738585072014e-308 ? all(-__builtin_inf()) : x < __builtin_inf() ? value : x;
+  return x == 0.0 ? all(-__builtin_inf()) : x < __builtin_inf() ? value : x;
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 They share their arguments. Student and teacher logits are [..., V] in float32, float64, bfloat16 or float16, labels
 int64 [...]; `weight` [...] multiplies each row's loss; rows whose label is `ignore_index` count for nothing;
-`reduction` is "none", "sum" or "mean" (over the rows that count). Losses are in nats, float32 (float64 for float64). What
-they raise, the memory they take and what can be differentiated is said at row_divergence; `options` are its other
+`reduction` is "none", "sum" or "mean" (over the rows that count). Losses are in nats, float32 (float64 for float64).
+What they raise, the memory they take and what can be differentiated is said at row_divergence; `options` are its other
 arguments.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from .row_arguments import plain_call
 from .row_call import PerRow
 from .row_divergence import row_divergence
 
@@ -58,6 +59,10 @@ def kd_loss(
         >>> loss.sum().backward()
     """
     _check.is_share("kd_loss", "alpha", alpha)
+    if not options:
+        call = plain_call(student_logits, teacher_logits, labels, weight, temperature, alpha)
+        if call is not None:
+            return call.losses() if reduction == "none" else call.reduced(reduction, "rows")
     return row_divergence(
         student_logits,
         teacher_logits,

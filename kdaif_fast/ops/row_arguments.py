@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -152,6 +153,38 @@ def read_arguments(
         choices,
     )
     return call, shape
+
+
+def plain_call(
+    student: Tensor, teacher: Tensor, labels: Tensor, weight: Tensor | None, temperature: PerRow, alpha: float
+) -> RowCall | None:
+    """read_arguments for cross-entropy and forward KL on rows, in a third of the time: small batches notice.
+
+    None where anything is unusual or wrong, which is then for read_arguments to say.
+    """
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor) and isinstance(labels, Tensor)):
+        return None
+    shape, device = student.shape, student.device
+    if (
+        len(shape) != 2
+        or shape[1] == 0
+        or teacher.shape != shape
+        or labels.shape != shape[:1]
+        or labels.dtype is not torch.int64
+        or student.dtype not in _check.FLOAT_DTYPES
+        or teacher.dtype is not student.dtype
+        or teacher.device != device
+        or labels.device != device
+        or not (isinstance(temperature, float) and 0 < temperature < math.inf)
+    ):
+        return None
+    if weight is not None:
+        is_usual = isinstance(weight, Tensor) and weight.shape == labels.shape and weight.device == device
+        if not is_usual or weight.dtype is not accumulation_dtype(student):
+            return None
+    settings: list[PerRow] = [temperature, float(alpha), (1.0 - alpha) * temperature * temperature, 0.0, 0.0, 1.0, 0.0]
+    tensors = [student, teacher, None, None, labels, None, None, None, weight]
+    return RowCall(tensors, settings, [0.0, 0.5], [terms.KL, terms.LOGITS, 0, 0, 0, -1, -100])
 
 
 def _names(names: Iterable[str]) -> str:

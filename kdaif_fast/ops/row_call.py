@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,21 @@ class RowCall:
         return losses.sum() if is_sum else losses
 
     def _run(self, settings: Sequence[PerRow], is_sum: bool) -> Tensor:
-        tensors = self.tensors
+        rows, numbers = self._numbers(settings, self.tensors[0])
+        tensors = [*self.tensors, rows]
+        given = [x for x in tensors if x is not None]
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            # Made in inference mode (by a teacher, say): autograd cannot keep such tensors, but copies of them.
-            tensors = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
-        rows, numbers = self._numbers(settings, tensors[0])
+            if any([x.is_inference() for x in given]):
+                # Made in inference mode (by a teacher, say): autograd cannot keep such tensors, but copies of them.
+                tensors = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
+        is_transformed = _derive.is_transformed(*given)
         try:
-            if _is_plain_training(tensors, rows):
-                return _Training.apply(is_sum, numbers, self.choices, *tensors, rows)
-            losses = _formula(tensors, rows)(*tensors, rows, numbers, self.choices)
+            if not is_transformed and _is_plain_training(given):
+                return _Training.apply(is_sum, numbers, self.choices, *tensors)
+            follows_rules = _derive.AVAILABLE and (not is_transformed or row_rules.rules_work())
+            # Where this torch would ignore the op's derivative rules, its decomposed form.
+            formula: Any = row_ops.row_divergence if follows_rules else reference.row_divergence
+            losses = formula(*tensors, numbers, self.choices)
         except RuntimeError:
             labels = tensors[4]
             if labels is not None and not _derive.is_transformed(labels):
@@ -119,29 +125,18 @@ def _may_be_differentiated(x: Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or _derive.is_transformed(x)
 
 
-def _formula(tensors: Sequence[Any], rows: Tensor | None) -> Callable[..., Tensor]:
-    """The op, or its decomposed form where this torch would ignore the op's derivative rules."""
-    given = [x for x in (*tensors, rows) if x is not None]
-    if not _derive.AVAILABLE or (_derive.is_transformed(*given) and not row_rules.rules_work()):
-        return reference.row_divergence
-    return row_ops.row_divergence
-
-
-def _is_plain_training(tensors: Sequence[Any], rows: Tensor | None) -> bool:
+def _is_plain_training(given: Sequence[Tensor]) -> bool:
     """Whether this is ordinary eager training on the CPU, with a gradient wanted for the student only.
 
     On a GPU bytes are the cost, and forming the gradient early saves none: recomputing reads what scaling would.
     """
-    student = tensors[0]
-    if not (student.requires_grad and student.device.type == "cpu" and torch.is_grad_enabled()):
+    student = given[0]
+    if not (student.requires_grad and student.is_cpu and torch.is_grad_enabled() and _derive.AVAILABLE):
         return False
-    given = [x for x in (*tensors, rows) if x is not None]
-    return (
-        _derive.AVAILABLE
-        and not _derive.is_transformed(*given)
-        and not any(x.requires_grad for x in given[1:])
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
-    )
+    for x in given:  # noqa: SIM110 (a generator costs a microsecond)
+        if (x.requires_grad and x is not student) or type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+    return True
 
 
 class _Training(torch.autograd.Function):

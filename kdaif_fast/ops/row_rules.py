@@ -75,11 +75,9 @@ def _pull_reference(
 def _push_reference(
     function: Callable[..., Tensor], inputs: _Inputs, positions: list[int], tangents: list[Tensor]
 ) -> Tensor:
-    """J tangents, as the transpose of J^T: forward mode does not nest in torch, reverse mode does."""
+    """J tangents for the inputs at these positions, likewise."""
     partial, chosen = _as_function_of(function, inputs, positions)
-    output, pull, *_ = torch.func.vjp(partial, *chosen)
-    _, push, *_ = torch.func.vjp(pull, torch.zeros_like(output))
-    return push(tuple(tangents))[0]
+    return _derive.push(partial, chosen, tangents)
 
 
 _SWAPPED_KIND = {
@@ -118,13 +116,6 @@ def _swap(inputs: _Inputs) -> list[Any]:
     return _replace(inputs, STUDENT=inputs[TEACHER], TEACHER=inputs[STUDENT], NUMBERS=numbers, CHOICES=choices)
 
 
-def _teacher_grad(inputs: _Inputs) -> Tensor:
-    if _is_symmetric(inputs):
-        return row_divergence_grad(*_swap(inputs))
-    upstream = torch.ones(inputs[STUDENT].shape[0], device=inputs[STUDENT].device)
-    return _pull_reference(reference.row_divergence, inputs, [TEACHER], upstream)[0]
-
-
 def _is_linear_in_target(inputs: _Inputs) -> bool:
     """Whether the gradient is that of plain forward KL, (softmax(s / T) - softmax(t / T)) and what multiplies it."""
     kind, numbers = inputs[CHOICES][0], inputs[NUMBERS]
@@ -152,11 +143,13 @@ def _loss_backward(inputs: _Inputs, needs: Sequence[bool], grad: Tensor) -> Sequ
     scaled = _replace(inputs, WEIGHT=_scaled_weight(inputs, grad))
     if needs[STUDENT]:
         grads[STUDENT] = row_divergence_grad(*scaled)
-    if needs[TEACHER]:
-        grads[TEACHER] = _teacher_grad(scaled)
+    done = [STUDENT, WEIGHT]
+    if needs[TEACHER] and _is_symmetric(inputs):
+        grads[TEACHER] = row_divergence_grad(*_swap(scaled))
+        done.append(TEACHER)
     if needs[WEIGHT]:
         grads[WEIGHT] = grad * row_divergence(*_replace(inputs, WEIGHT=None))
-    rest = _differentiable(needs, (STUDENT, TEACHER, WEIGHT))
+    rest = _differentiable(needs, done)
     if rest:
         for i, value in zip(rest, _pull_reference(reference.row_divergence, inputs, rest, grad), strict=True):
             grads[i] = value
@@ -168,11 +161,13 @@ def _loss_jvp(inputs: _Inputs, *tangents: Tensor | None) -> Tensor:
     d_student, d_teacher, d_weight = tangents[STUDENT], tangents[TEACHER], tangents[WEIGHT]
     if d_student is not None:
         parts.append(_row_dot(row_divergence_grad(*inputs), d_student))
-    if d_teacher is not None:
-        parts.append(_row_dot(_teacher_grad(inputs), d_teacher))
+    done = [STUDENT, WEIGHT]
+    if d_teacher is not None and _is_symmetric(inputs):
+        parts.append(_row_dot(row_divergence_grad(*_swap(inputs)), d_teacher))
+        done.append(TEACHER)
     if d_weight is not None:
         parts.append(row_divergence(*_replace(inputs, WEIGHT=d_weight)))
-    rest = _differentiable([t is not None for t in tangents], (STUDENT, TEACHER, WEIGHT))
+    rest = _differentiable([t is not None for t in tangents], done)
     if rest:
         along = [t for i in rest if (t := tangents[i]) is not None]
         parts.append(_push_reference(reference.row_divergence, inputs, rest, along))
@@ -254,30 +249,42 @@ def _hvp_jvp(inputs: _Inputs, *tangents: Tensor | None) -> Tensor:
 # --- vmap ------------------------------------------------------------------------------------------------------------
 
 
-def _fold(op: Any, formula: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """Batches become rows. Batches of class weights, which rows share, go to the reference."""
-    rows = fold_into_rows(op, ROW_AXES, rows_of=STUDENT)
+def _fold(
+    op: Any,
+    formula: Callable[..., Tensor],
+    before: int = 0,
+    axes_before: tuple[int | None, ...] = (),
+    output_axis: int = 0,
+) -> Callable[..., tuple[Tensor, int]]:
+    """Batches become rows. Class weights are the same for all rows of an op; batches of them go to the reference."""
+    at = before + CLASS_WEIGHT
+    axes = (*axes_before, *ROW_AXES)
+    rows = fold_into_rows(op, axes, before + STUDENT, output_axis)
+    weighted_rows = fold_into_rows(formula, (*axes[:at], 0, *axes[at + 1 :]), before + STUDENT, output_axis)
 
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        if in_dims[CLASS_WEIGHT] is not None:
-            return torch.vmap(formula, in_dims=tuple(in_dims))(*args), 0
-        return rows(info, in_dims, *args)
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
+        if in_dims[at] is None:
+            return rows(info, in_dims, *args)
+        student, dim = args[before + STUDENT], in_dims[before + STUDENT]
+        count = (student if dim is None else student.select(dim, 0)).shape[0]
+        by_row = args[at].movedim(in_dims[at], 0)[:, None].expand(-1, count, -1)
+        return weighted_rows(info, (*in_dims[:at], 0, *in_dims[at + 1 :]), *args[:at], by_row, *args[at + 1 :])
 
     return rule
 
 
+_fold_rows_of_products = _fold(row_divergence_hvp, reference.row_divergence_hvp, _BEFORE, (1, None), 1)
+
+
 def _fold_products(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
     """Batches of tangents alone are more tangents, which share a row's work; else batches become rows."""
-    if in_dims[_BEFORE + CLASS_WEIGHT] is not None:
-        return torch.vmap(reference.row_divergence_hvp, in_dims=tuple(in_dims))(*args), 0
+    if any(isinstance(dim, int) for dim in in_dims[1:]):
+        return _fold_rows_of_products(info, in_dims, *args)
     tangents, *rest = args
-    if not any(isinstance(dim, int) for dim in in_dims[1:]):
-        batched = tangents.movedim(in_dims[0], 0)
-        B, K = batched.shape[:2]
-        products = row_divergence_hvp(batched.reshape(B * K, *batched.shape[2:]), *rest)
-        return products.reshape(B, K, *products.shape[1:]), 0
-    rule = fold_into_rows(row_divergence_hvp, (1, None, *ROW_AXES), rows_of=_BEFORE, output_axis=1)
-    return rule(info, in_dims, *args)
+    batched = tangents.movedim(in_dims[0], 0)
+    B, K = batched.shape[:2]
+    products = row_divergence_hvp(batched.reshape(B * K, *batched.shape[2:]), *rest)
+    return products.reshape(B, K, *products.shape[1:]), 0
 
 
 derive(

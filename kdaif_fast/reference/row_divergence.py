@@ -73,7 +73,7 @@ def _label_target(student: Tensor, labels: Tensor | None, soft_labels: Tensor | 
 
 
 def _class_weight(class_weight: Tensor | None, c: Choices) -> Tensor | float:
-    return 1.0 if class_weight is None else class_weight[c.first_class : c.first_class + c.class_count]
+    return 1.0 if class_weight is None else class_weight[..., c.first_class : c.first_class + c.class_count]
 
 
 def _is_normalised(class_weight: Tensor | None, c: Choices) -> bool:

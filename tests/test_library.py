@@ -53,11 +53,12 @@ def test_every_instruction_set_gives_the_same(level):
 
 @needs_kernels
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
-def test_lesser_instruction_sets_pass_the_kernel_tests(level):
+@pytest.mark.parametrize("kernel", ["kd_loss", "row_stats"])
+def test_lesser_instruction_sets_pass_the_kernel_tests(level, kernel):
     """Every dtype, shape and option, as for the best one."""
     if torch.ops.kdaif_fast.cpu_level() == level:
         pytest.skip("this is the best one here")
-    tests = Path(__file__).parent / "ops/test_kd_loss_kernel.py"
+    tests = Path(__file__).parent / f"ops/test_{kernel}_kernel.py"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
         env={**os.environ, "KDAIF_CPU_LEVEL": level},

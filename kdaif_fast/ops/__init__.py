@@ -1,5 +1,6 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
+from ._row_stats import RowStats
 from .linear_kd_loss import linear_kd_loss
 from .losses import (
     dkd_loss,
@@ -15,8 +16,11 @@ from .losses import (
 )
 from .row_divergence import row_divergence
 from .row_hvp import row_hvp
+from .row_stats import row_stats
+from .segment_mean import segment_mean
 
 __all__ = [
+    "RowStats",
     "dkd_loss",
     "js_loss",
     "kd_loss",
@@ -27,6 +31,8 @@ __all__ = [
     "reverse_kl_loss",
     "row_divergence",
     "row_hvp",
+    "row_stats",
+    "segment_mean",
     "skew_kl_loss",
     "taid_loss",
     "total_variation_loss",

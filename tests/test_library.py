@@ -53,7 +53,7 @@ def test_every_instruction_set_gives_the_same(level):
 
 @needs_kernels
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
-@pytest.mark.parametrize("kernel", ["kd_loss", "row_stats"])
+@pytest.mark.parametrize("kernel", ["row_divergence", "row_stats"])
 def test_lesser_instruction_sets_pass_the_kernel_tests(level, kernel):
     """Every dtype, shape and option, as for the best one."""
     if torch.ops.kdaif_fast.cpu_level() == level:
@@ -153,7 +153,7 @@ class TestForcing:
             torch.func.hessian(loss)(s)
             with torch.inference_mode():
                 loss(s)
-        assert {"kd_loss", "kd_loss_grad", "kd_loss_hvp"} <= set(calls)
+        assert {"row_divergence", "row_divergence_grad", "row_divergence_hvp"} <= set(calls)
         calls.clear()
         torch.func.hessian(loss)(s)
         assert not calls  # the block has ended

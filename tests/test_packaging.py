@@ -226,7 +226,12 @@ def test_sdist_has_what_a_build_needs(source, tmp_path, environment):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    assert {"csrc/cpu/kd_loss.cpp", "csrc/cuda/kd_loss.cuh", "build_tools/backend.py", "CMakeLists.txt"} <= names
+    assert {
+        "csrc/cpu/row_divergence.cpp",
+        "csrc/cuda/row_divergence.cuh",
+        "build_tools/backend.py",
+        "CMakeLists.txt",
+    } <= names
     assert not any(name.endswith((".so", "_build_report.json")) for name in names)
     environment.lend_torch()
     environment.pip(str(archive), KDAIF_BUILD="cpu")

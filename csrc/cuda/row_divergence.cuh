@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_gradient(const Row<kind, F>& r, const RowC
 
 // loss [N] and grad [N, V] may be null.
 template <int kind, class F>
-__global__ void __launch_bounds__(GENERAL_THREADS)
+__global__ void __launch_bounds__(GENERAL_THREADS, 1)
 row_divergence_kernel(const RowDivergence d, Element element, bool check, F* __restrict__ loss, void* __restrict__ grad) {
   using Memory = RowMemory<F, GENERAL_THREADS>;
   __shared__ Memory memory;
@@ -169,7 +169,7 @@ __device__ __forceinline__ void multiply(const Row<kind, F>& r, const RowCrossEn
   auto tangent = [&](int k, int64_t v) { return load<F>(t.u, r.element, offset + k * t.tangent_stride + v); };
   auto student_1 = [&](int64_t v) { return exp_of(ce.student.log_probability(r.logit(v), F(1))); };
   TangentSums<F> sums;
-  for_each_output(r, diverges, memory.tile, [&](int64_t v, ClassTerm<F> c, int64_t j) {
+  for_each_output(r, diverges, memory.tile, [&](int64_t v, ClassTerm<F> c, int64_t) {
     const F p = r.x.ce != 0 ? student_1(v) : F(0), curvature = kept_curvature<kind>(c.term, gauss_newton);
 #pragma unroll
     for (int k = 0; k < TANGENTS; ++k) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void multiply(const Row<kind, F>& r, const RowCrossEn
 
 // K tangents of a row share its softmax, and TANGENTS of them the terms. Floor: 2 K + 2 reads or writes of V elements.
 template <int kind, class F>
-__global__ void __launch_bounds__(GENERAL_THREADS)
+__global__ void __launch_bounds__(GENERAL_THREADS, 1)
 row_divergence_hvp_kernel(const RowDivergence d, Element element, bool check, bool gauss_newton, const Tangents t) {
   using Memory = RowMemory<F, GENERAL_THREADS>;
   __shared__ Memory memory;

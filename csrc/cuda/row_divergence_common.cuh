@@ -42,16 +42,18 @@ __device__ __forceinline__ void store(F value, void* x, Element element, int64_t
   else narrow(static_cast<float>(value), static_cast<float16*>(x)[i]);
 }
 
-// Out of line: they are hardly ever called, and printing takes registers.
-inline __device__ __noinline__ void refuse_label(int64_t row, int64_t label, int64_t V) {
+// Out of line and never back: so they cost the kernels no registers.
+[[noreturn]] inline __device__ __noinline__ void refuse_label(int64_t row, int64_t label, int64_t V) {
   printf("row_divergence: labels[%lld] = %lld, expected 0 <= label < %lld\n", static_cast<long long>(row),
          static_cast<long long>(label), static_cast<long long>(V));
   __trap();
+  __builtin_unreachable();
 }
-inline __device__ __noinline__ void refuse_index(int64_t row, int64_t i, int64_t index, int64_t C) {
+[[noreturn]] inline __device__ __noinline__ void refuse_index(int64_t row, int64_t i, int64_t index, int64_t C) {
   printf("row_divergence: indices[%lld, %lld] = %lld, expected 0 <= index < %lld\n", static_cast<long long>(row),
          static_cast<long long>(i), static_cast<long long>(index), static_cast<long long>(C));
   __trap();
+  __builtin_unreachable();
 }
 
 struct RowLabel {

@@ -1,0 +1,151 @@
+"""tests/simt/row_divergence.cpp from Python: the arguments of the op as the kernels' structures, and random arguments."""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kdaif_fast.reference.row_terms import KL, LOGITS, TOP_K, Choices, accumulation_dtype
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CXX = shutil.which("g++") or shutil.which("c++")
+ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3}
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class RowDivergence(Structure):  # as in csrc/common/row_divergence_args.h
+    _fields_ = (
+        [(name, c_void_p) for name in ("student", "teacher", "indices", "second", "labels", "soft_labels")]
+        + [(name, c_void_p) for name in ("class_weight", "mask", "weight", "rows")]
+        + [(f"{name}_stride", c_int64) for name in ("student", "teacher", "second", "soft_labels", "mask")]
+        + [(name, c_double) for name in ("temperature", "ce", "kd", "other", "label_mix", "interpolation", "gate")]
+        + [(name, c_double) for name in ("smoothing", "skew")]
+        + [("kind", c_int), ("form", c_int), ("mixes", c_bool), ("exclude_label", c_bool)]
+        + [(name, c_int64) for name in ("first_class", "class_count", "ignore_index", "top_k", "N", "V")]
+    )
+
+
+class Tangents(Structure):  # as in csrc/cuda/row_divergence.cuh
+    _fields_ = [("u", c_void_p), ("out", c_void_p), ("K", c_int64), ("tangent_stride", c_int64), ("row_stride", c_int64)]
+
+
+class Arguments(NamedTuple):
+    """The op's, in its order."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor | None
+    indices: torch.Tensor | None
+    second: torch.Tensor | None
+    labels: torch.Tensor | None
+    soft_labels: torch.Tensor | None
+    class_weight: torch.Tensor | None
+    mask: torch.Tensor | None
+    weight: torch.Tensor | None
+    rows: torch.Tensor | None
+    numbers: list[float]
+    choices: Choices
+
+    def wide(self):
+        """The same in float64."""
+        return Arguments(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in self))
+
+    def structure(self):
+        fields = {}
+        for name, x in zip(self._fields[:10], self[:10], strict=True):
+            fields[name] = None if x is None else x.data_ptr()
+            if f"{name}_stride" in dict(RowDivergence._fields_) and x is not None:
+                fields[f"{name}_stride"] = 0 if name == "mask" and x.shape[0] == 1 else x.stride(0)
+        names = ("temperature", "ce", "kd", "other", "label_mix", "interpolation", "gate", "smoothing", "skew")
+        fields |= dict(zip(names, self.numbers, strict=True)) | self.choices._asdict()
+        top_k = 0 if self.indices is None else self.indices.shape[1]
+        return RowDivergence(**fields, top_k=top_k, N=self.student.shape[0], V=self.student.shape[1])
+
+
+def compile_driver(output, *flags):
+    command = [CXX, "-std=c++20", "-g", "-O1", "-I", str(CSRC), "-I", str(HERE), str(HERE / "row_divergence.cpp")]
+    subprocess.run([*command, *flags, "-o", str(output)], check=True, capture_output=True, text=True)
+
+
+class Trapped(Exception):
+    pass
+
+
+class Driver:
+    """The kernels as functions of the op's arguments. Outputs start as NaN: what is not written is seen."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        for name in ("row_divergence", "row_divergence_hvp"):
+            getattr(self.library, name).restype = c_bool
+
+    def loss_and_grad(self, a, order=0, check=True, want=(True, True)):
+        loss = torch.full(a.student.shape[:1], math.nan, dtype=accumulation_dtype(a.student))
+        grad = torch.full(a.student.shape, math.nan, dtype=a.student.dtype)
+        pointers = [c_void_p(x.data_ptr() if wanted else None) for x, wanted in zip((loss, grad), want, strict=True)]
+        element = ELEMENTS[a.student.dtype]
+        if not self.library.row_divergence(element, order, c_bool(check), byref(a.structure()), *pointers):
+            raise Trapped
+        return loss, grad
+
+    def hvp(self, a, tangents, gauss_newton=False, order=0, check=True):
+        out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
+        t = Tangents(tangents.data_ptr(), out.data_ptr(), tangents.shape[0], tangents.stride(0), tangents.stride(1))
+        element, d = ELEMENTS[a.student.dtype], byref(a.structure())
+        if not self.library.row_divergence_hvp(element, order, c_bool(check), d, c_bool(gauss_newton), byref(t)):
+            raise Trapped
+        return out
+
+
+def random_logits(generator, N, V, dtype, scale=3.0):
+    return (scale * torch.randn(N, V, dtype=torch.float64, generator=generator)).to(dtype)
+
+
+def random_probabilities(generator, N, V, dtype):
+    return random_logits(generator, N, V, torch.float64).softmax(-1).to(dtype)
+
+
+def arguments(  # noqa: PLR0913
+    N=3, V=33, dtype=torch.float32, *, kind=KL, form=LOGITS, T=2.0, ce=0.5, kd=0.7, other=0.3, seed=0, second=False,
+    label_mix=0.0, interpolation=1.0, gate=0.0, smoothing=0.0, skew=0.4, exclude_label=False, first_class=0,
+    class_count=None, top_k=5, mask=None, soft_labels=False, class_weight=False, weight=True, rows=False,
+):  # fmt: skip
+    """Random arguments with these options. mask: None, or the number of rows it has."""
+    g = torch.Generator().manual_seed(seed)
+    C, wide = V - first_class if class_count is None else class_count, torch.empty(0, dtype=dtype)
+    wide = accumulation_dtype(wide)
+
+    def target(columns):
+        return random_logits(g, N, columns, dtype) if form == LOGITS else random_probabilities(g, N, columns, wide)
+
+    teacher, indices = target(C), None
+    if form == TOP_K:
+        k = min(top_k, C)
+        indices = torch.stack([torch.randperm(C, generator=g)[:k] for _ in range(N)])
+        teacher = teacher.gather(-1, indices)
+    allowed = None
+    if mask is not None:
+        allowed = torch.rand(mask, C, generator=g) < 0.7
+        allowed[:, 0] = True
+    per_row = torch.rand(7, N, generator=g, dtype=torch.float64).to(wide) + 0.5 if rows else None
+    if per_row is not None:
+        per_row[4:] -= 0.5
+        per_row[5, 0] = interpolation
+    positive = torch.rand(V, generator=g, dtype=torch.float64).to(wide)
+    return Arguments(
+        random_logits(g, N, V, dtype), teacher, indices, target(C) if second else None,
+        torch.randint(V, (N,), generator=g), random_probabilities(g, N, V, wide) if soft_labels else None,
+        positive + 0.5 if class_weight else None, allowed,
+        torch.randn(N, generator=g, dtype=torch.float64).to(wide) if weight else None, per_row,
+        [T, ce, kd, other, label_mix, interpolation, gate, smoothing, skew],
+        Choices(kind, form, int(second or label_mix != 0), int(exclude_label), first_class, C, -100),
+    )  # fmt: skip
+
+
+def error(ours, expected):
+    return ((ours.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()

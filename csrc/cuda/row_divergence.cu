@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "common/row_divergence_tensors.h"
-#include "cuda/row_divergence.cuh"
+#include "cuda/row_divergence_launch.cuh"
 
 namespace {
 
@@ -40,29 +40,40 @@ Element element_of(const Tensor& x) {
   }
 }
 
-// Calls body with a value of the accumulation type.
-template <class Body>
-void for_accumulation(Element element, Body body) {
-  if (element == FLOAT64) body(double());
-  else body(float());
+int multiprocessors() {
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
-void run(const RowDivergence& d, const Tensor& student, const Tensor* loss, const Tensor* grad) {
+auto launcher(const Tensor& x) {
+  return [stream = current_stream(x)](auto kernel, Launch l, auto... arguments) {
+    kernel<<<dim3(l.blocks, l.blocks_y), l.threads, 0, stream>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+}
+
+template <class T>
+void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* grad) {
+  const FastPlan plan = fast_plan(d.N, d.V, sizeof(T), is_vectorisable(d, grad, sizeof(T)), multiprocessors());
+  const Tensor workspace = torch::stable::new_empty(student, {plan.workspace}, ScalarType::Float);
+  launch_fast(plan, d, checks_labels(), loss, grad, static_cast<float*>(workspace.mutable_data_ptr()), launcher(student));
+}
+
+void run(const RowDivergence& d, const Tensor& student, const Tensor* loss_, const Tensor* grad_) {
   if (d.N == 0) return;
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
-  const cudaStream_t stream = current_stream(student);
+  void* loss = loss_ ? loss_->mutable_data_ptr() : nullptr;
+  void* grad = grad_ ? grad_->mutable_data_ptr() : nullptr;
   const Element element = element_of(student);
-  void* losses = loss ? loss->mutable_data_ptr() : nullptr;
-  void* grads = grad ? grad->mutable_data_ptr() : nullptr;
-  const Launch launch = general_launch(d.N, d.V);
-  for_accumulation(element, [&](auto zero) {
-    using F = decltype(zero);
-    for_kind(d.kind, [&](auto kind) {
-      row_divergence_kernel<kind(), F><<<launch.blocks, launch.threads, 0, stream>>>(d, element, checks_labels(),
-                                                                                   static_cast<F*>(losses), grads);
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (element == FLOAT64)
+    return launch_general(d, element, checks_labels(), static_cast<double*>(loss), grad, launcher(student));
+  float* losses = static_cast<float*>(loss);
+  if (!is_common(d)) return launch_general(d, element, checks_labels(), losses, grad, launcher(student));
+  if (element == BFLOAT16) return run_fast(d, student, losses, static_cast<bfloat16*>(grad));
+  if (element == FLOAT16) return run_fast(d, student, losses, static_cast<float16*>(grad));
+  run_fast(d, student, losses, static_cast<float*>(grad));
 }
 
 void run_hvp(const RowDivergence& d, const Tensor& student, const Tensor& tangents, bool gauss_newton,
@@ -71,17 +82,10 @@ void run_hvp(const RowDivergence& d, const Tensor& student, const Tensor& tangen
                    tangents.stride(1)};
   if (d.N == 0 || t.K == 0) return;
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
-  const cudaStream_t stream = current_stream(student);
   const Element element = element_of(student);
-  const Launch launch = general_launch(d.N, d.V);
-  for_accumulation(element, [&](auto zero) {
-    using F = decltype(zero);
-    for_kind(d.kind, [&](auto kind) {
-      row_divergence_hvp_kernel<kind(), F><<<launch.blocks, launch.threads, 0, stream>>>(d, element, checks_labels(),
-                                                                                       gauss_newton, t);
-    });
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto launch = launcher(student);
+  if (element == FLOAT64) launch_general_hvp<double>(d, element, checks_labels(), gauss_newton, t, launch);
+  else launch_general_hvp<float>(d, element, checks_labels(), gauss_newton, t, launch);
 }
 
 }  // namespace

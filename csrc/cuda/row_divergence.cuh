@@ -5,34 +5,14 @@
 // is left out of a mixture; terms; gradient; and twice more by a smoothed cross-entropy); rows of up to some 64 KiB are
 // found in the caches then.
 #pragma once
-#include <type_traits>
-
+#include "cuda/row_divergence_plan.h"
 #include "cuda/row_divergence_row.cuh"
 
 namespace kdaif {
 
-constexpr int GENERAL_THREADS = 256;
 constexpr int TANGENTS = 4;  // that share a look at a class
 
-struct Launch {
-  unsigned blocks, threads;
-};
-
-// Some elements for each thread, in whole warps; rows beyond so many blocks are taken in turns.
-inline Launch general_launch(int64_t N, int64_t V) {
-  unsigned threads = WARP;
-  while (threads < GENERAL_THREADS && threads * 4 < V) threads *= 2;
-  return {static_cast<unsigned>(N < 0x7fffffff ? N : 0x7fffffff), threads};
-}
-
-// Calls body with the kind as a constant.
-template <class Body, int kind = 0>
-void for_kind(int wanted, Body body) {
-  if (wanted == kind) body(std::integral_constant<int, kind>());
-  else if constexpr (kind < SWAPPED_CROSS_ENTROPY) for_kind<Body, kind + 1>(wanted, body);
-}
-
-// Calls body(v, j) for all of a row: j is the class within the divergence, -1 outside.
+// Calls body(v, term, j) for all of a row: j is the class within the divergence, -1 outside.
 template <int kind, class F, class Body>
 __device__ __forceinline__ void for_each_output(const Row<kind, F>& r, bool diverges, F* tile, Body body) {
   const int64_t begin = diverges ? r.d.first_class : r.d.V, count = diverges ? r.d.class_count : 0;

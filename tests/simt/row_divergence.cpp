@@ -2,7 +2,7 @@
 // AddressSanitizer.
 #include "simt.h"
 
-#include "cuda/row_divergence.cuh"
+#include "cuda/row_divergence_launch.cuh"
 
 #include <cstdio>
 #include <random>
@@ -11,10 +11,10 @@ using namespace kdaif;
 
 namespace {
 
-template <class Body>
-void for_accumulation(int element, Body body) {
-  if (element == FLOAT64) body(double());
-  else body(float());
+auto launcher(int order) {
+  return [order](auto kernel, Launch l, auto... arguments) {
+    simt::launch(Index{l.blocks, l.blocks_y, 1}, l.threads, simt::Order(order), [=] { kernel(arguments...); });
+  };
 }
 
 // Whether the launch ended without a trap.
@@ -29,33 +29,53 @@ bool survives(Body body) {
   return true;
 }
 
+template <class T>
+void run_fast(const FastPlan& p, int order, bool check, const RowDivergence& d, void* loss, void* grad) {
+  std::vector<float> workspace(p.workspace, NAN);
+  launch_fast(p, d, check, static_cast<float*>(loss), static_cast<T*>(grad), workspace.data(), launcher(order));
+}
+
+int64_t size_of(int element) { return element == FLOAT64 ? 8 : element == FLOAT32 ? 4 : 2; }
+
 }  // namespace
 
 extern "C" bool row_divergence(int element, int order, bool check, const RowDivergence* d, void* loss, void* grad) {
-  const Launch l = general_launch(d->N, d->V);
   return survives([&] {
-    for_accumulation(element, [&](auto zero) {
-      using F = decltype(zero);
-      for_kind(d->kind, [&](auto kind) {
-        simt::launch(l.blocks, l.threads, simt::Order(order), [&] {
-          row_divergence_kernel<kind(), F>(*d, Element(element), check, static_cast<F*>(loss), grad);
-        });
-      });
-    });
+    const Element e = Element(element);
+    if (e == FLOAT64) launch_general(*d, e, check, static_cast<double*>(loss), grad, launcher(order));
+    else launch_general(*d, e, check, static_cast<float*>(loss), grad, launcher(order));
   });
 }
 
 extern "C" bool row_divergence_hvp(int element, int order, bool check, const RowDivergence* d, bool gauss_newton,
                                    const Tangents* t) {
-  const Launch l = general_launch(d->N, d->V);
   return survives([&] {
-    for_accumulation(element, [&](auto zero) {
-      using F = decltype(zero);
-      for_kind(d->kind, [&](auto kind) {
-        simt::launch(l.blocks, l.threads, simt::Order(order), [&] {
-          row_divergence_hvp_kernel<kind(), F>(*d, Element(element), check, gauss_newton, *t);
-        });
-      });
-    });
+    const Element e = Element(element);
+    if (e == FLOAT64) launch_general_hvp<double>(*d, e, check, gauss_newton, *t, launcher(order));
+    else launch_general_hvp<float>(*d, e, check, gauss_newton, *t, launcher(order));
+  });
+}
+
+extern "C" void plan(const RowDivergence* d, int element, const void* grad, int64_t multiprocessors, int64_t* out) {
+  const int64_t size = size_of(element);
+  const FastPlan p = fast_plan(d->N, d->V, size, is_vectorisable(*d, grad, size), multiprocessors);
+  const int64_t values[] = {is_common(*d), static_cast<int>(p.path), p.width, p.packets, p.launch.blocks,
+                            p.launch.blocks_y, p.launch.threads, p.chunk, p.chunks, p.workspace};
+  std::memcpy(out, values, sizeof values);
+}
+
+extern "C" void launch_of_general(int64_t N, int64_t V, int64_t* out) {
+  const Launch l = general_launch(N, V);
+  out[0] = l.blocks, out[1] = l.blocks_y, out[2] = l.threads;
+}
+
+extern "C" bool row_divergence_fast(int element, int order, bool check, const RowDivergence* d, void* loss, void* grad,
+                                    int64_t multiprocessors) {
+  const int64_t size = size_of(element);
+  const FastPlan p = fast_plan(d->N, d->V, size, is_vectorisable(*d, grad, size), multiprocessors);
+  return survives([&] {
+    if (element == FLOAT32) run_fast<float>(p, order, check, *d, loss, grad);
+    else if (element == BFLOAT16) run_fast<bfloat16>(p, order, check, *d, loss, grad);
+    else run_fast<float16>(p, order, check, *d, loss, grad);
   });
 }

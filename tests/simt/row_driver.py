@@ -72,6 +72,22 @@ def compile_driver(output, *flags):
     subprocess.run([*command, *flags, "-o", str(output)], check=True, capture_output=True, text=True)
 
 
+class FastPlan(NamedTuple):
+    is_common: int
+    path: int
+    width: int
+    packets: int
+    blocks: int
+    blocks_y: int
+    threads: int
+    chunk: int
+    chunks: int
+    workspace: int
+
+
+WARP, BLOCK, WIDE, SPLIT = range(4)
+
+
 class Trapped(Exception):
     pass
 
@@ -81,7 +97,7 @@ class Driver:
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
-        for name in ("row_divergence", "row_divergence_hvp"):
+        for name in ("row_divergence", "row_divergence_hvp", "row_divergence_fast"):
             getattr(self.library, name).restype = c_bool
 
     def loss_and_grad(self, a, order=0, check=True, want=(True, True)):
@@ -92,6 +108,22 @@ class Driver:
         if not self.library.row_divergence(element, order, c_bool(check), byref(a.structure()), *pointers):
             raise Trapped
         return loss, grad
+
+    def fast(self, a, order=0, check=True, want=(True, True), multiprocessors=1):
+        loss = torch.full(a.student.shape[:1], math.nan)
+        grad = torch.full(a.student.shape, math.nan, dtype=a.student.dtype)
+        pointers = [c_void_p(x.data_ptr() if wanted else None) for x, wanted in zip((loss, grad), want, strict=True)]
+        d, element = byref(a.structure()), ELEMENTS[a.student.dtype]
+        if not self.library.row_divergence_fast(element, order, c_bool(check), d, *pointers, c_int64(multiprocessors)):
+            raise Trapped
+        return loss, grad
+
+    def plan(self, a, multiprocessors=1):
+        """The fast kernels' launch, without an output's address, that fits all loads."""
+        out = (c_int64 * len(FastPlan._fields))()
+        d, element = byref(a.structure()), ELEMENTS[a.student.dtype]
+        self.library.plan(d, element, c_void_p(None), c_int64(multiprocessors), out)
+        return FastPlan(*out)
 
     def hvp(self, a, tangents, gauss_newton=False, order=0, check=True):
         out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)

@@ -79,3 +79,76 @@ extern "C" bool row_divergence_fast(int element, int order, bool check, const Ro
     else run_fast<float16>(p, order, check, *d, loss, grad);
   });
 }
+
+namespace {
+
+// Arguments in heap buffers of exactly the right size, so that AddressSanitizer sees one element too far.
+struct Buffers {
+  std::vector<float> student, teacher, values, soft_labels, class_weight, weight, rows;
+  std::vector<int64_t> labels, indices;
+  std::vector<uint8_t> mask;
+};
+
+RowDivergence fill(Buffers& b, int kind, int form, int64_t N, int64_t V, std::mt19937& random) {
+  std::normal_distribution<float> normal(0, 3);
+  const int64_t k = V < 5 ? V : 5, columns = form == TOP_K ? k : V;
+  auto numbers = [&](std::vector<float>& x, int64_t size) {
+    x = std::vector<float>(size);
+    for (float& value : x) value = normal(random);
+    return x.data();
+  };
+  RowDivergence d{};
+  d.student = numbers(b.student, N * V), d.teacher = numbers(b.teacher, N * columns), d.weight = numbers(b.weight, N);
+  if (form != LOGITS)
+    for (float& p : b.teacher) p = 0.1f;
+  d.class_weight = numbers(b.class_weight, V), d.soft_labels = numbers(b.soft_labels, N * V);
+  b.rows = std::vector<float>(7 * N, 0.5f), d.rows = b.rows.data();
+  b.labels = {0, V - 1, V}, d.labels = b.labels.data();  // the last one is outside: its row becomes NaN, nothing else
+  b.mask = std::vector<uint8_t>(N * V, 1), d.mask = b.mask.data();
+  b.indices = std::vector<int64_t>(N * k);
+  for (int64_t i = 0; i < N * k; ++i) b.indices[i] = V - 1 - i % k;
+  d.indices = form == TOP_K ? b.indices.data() : nullptr;
+  d.student_stride = d.soft_labels_stride = d.mask_stride = V, d.teacher_stride = columns;
+  d.temperature = 2, d.ce = 0.5, d.kd = 0.5, d.interpolation = 1, d.skew = 0.4;
+  d.kind = kind, d.form = form, d.class_count = V, d.ignore_index = -100, d.top_k = k, d.N = N, d.V = V;
+  return d;
+}
+
+bool only_the_last_is_nan(const std::vector<float>& loss) {
+  return loss[0] == loss[0] && loss[1] == loss[1] && loss[2] != loss[2];
+}
+
+bool try_general(int kind, int form, int64_t V, std::mt19937& random) {
+  Buffers b;
+  const int64_t N = 3, K = 5;
+  const RowDivergence d = fill(b, kind, form, N, V, random);
+  std::vector<float> loss(N), grad(N * V), u(K * N * V, 1), out(K * N * V);
+  const Tangents t{u.data(), out.data(), K, N * V, V};
+  row_divergence(FLOAT32, 3, false, &d, loss.data(), grad.data());
+  row_divergence_hvp(FLOAT32, 3, false, &d, true, &t);
+  return only_the_last_is_nan(loss);
+}
+
+bool try_fast(int64_t V, std::mt19937& random) {
+  Buffers b;
+  const int64_t N = 3;
+  RowDivergence d = fill(b, KL, LOGITS, N, V, random);
+  d.rows = d.class_weight = d.soft_labels = nullptr, d.mask = nullptr;
+  std::vector<float> loss(N), grad(N * V);
+  row_divergence_fast(FLOAT32, 3, false, &d, loss.data(), grad.data(), 20);
+  return is_common(d) && only_the_last_is_nan(loss);
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(0);
+  for (int64_t V : {1, 2, 31, 33, 130, 1100})
+    for (int kind = KL; kind <= SWAPPED_CROSS_ENTROPY; ++kind)
+      for (int form : {LOGITS, PROBABILITIES, TOP_K})
+        if ((form == LOGITS || !is_between_logits(kind)) && !try_general(kind, form, V, random)) return 1;
+  for (int64_t V : {1, 31, 33, 130, 132, 600, 1100, 2052, 9000, 17001, 34000})
+    if (!try_fast(V, random)) return 1;
+  std::puts("clean");
+  return 0;
+}

@@ -4,7 +4,7 @@ import ctypes
 import math
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_bool, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,13 @@ class RowDivergence(Structure):  # as in csrc/common/row_divergence_args.h
 
 
 class Tangents(Structure):  # as in csrc/cuda/row_divergence.cuh
-    _fields_ = [("u", c_void_p), ("out", c_void_p), ("K", c_int64), ("tangent_stride", c_int64), ("row_stride", c_int64)]
+    _fields_ = [
+        ("u", c_void_p),
+        ("out", c_void_p),
+        ("K", c_int64),
+        ("tangent_stride", c_int64),
+        ("row_stride", c_int64),
+    ]
 
 
 class Arguments(NamedTuple):
@@ -119,11 +125,18 @@ class Driver:
         return loss, grad
 
     def plan(self, a, multiprocessors=1):
-        """The fast kernels' launch, without an output's address, that fits all loads."""
+        """The fast kernels' launch; no output: its address would fit all loads."""
+        return self.plan_of(a.structure(), ELEMENTS[a.student.dtype], multiprocessors)
+
+    def plan_of(self, structure, element, multiprocessors):
         out = (c_int64 * len(FastPlan._fields))()
-        d, element = byref(a.structure()), ELEMENTS[a.student.dtype]
-        self.library.plan(d, element, c_void_p(None), c_int64(multiprocessors), out)
+        self.library.plan(byref(structure), element, c_void_p(None), c_int64(multiprocessors), out)
         return FastPlan(*out)
+
+    def general_launch(self, N, V):
+        out = (c_int64 * 3)()
+        self.library.launch_of_general(c_int64(N), c_int64(V), out)
+        return tuple(out)
 
     def hvp(self, a, tangents, gauss_newton=False, order=0, check=True):
         out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
@@ -142,7 +155,7 @@ def random_probabilities(generator, N, V, dtype):
     return random_logits(generator, N, V, torch.float64).softmax(-1).to(dtype)
 
 
-def arguments(  # noqa: PLR0913
+def arguments(
     N=3, V=33, dtype=torch.float32, *, kind=KL, form=LOGITS, T=2.0, ce=0.5, kd=0.7, other=0.3, seed=0, second=False,
     label_mix=0.0, interpolation=1.0, gate=0.0, smoothing=0.0, skew=0.4, exclude_label=False, first_class=0,
     class_count=None, top_k=5, mask=None, soft_labels=False, class_weight=False, weight=True, rows=False,

@@ -61,6 +61,13 @@ void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* gra
   launch_fast(plan, d, checks_labels(), loss, grad, static_cast<float*>(workspace.mutable_data_ptr()), launcher(student));
 }
 
+template <class T>
+void run_fast_hvp(const RowDivergence& d, const Tensor& student, const Tangents& t) {
+  const bool vectorised = is_vectorisable(d, t, sizeof(T));
+  const FastHvpPlan plan = fast_hvp_plan(d.N, d.V, t.K, sizeof(T), vectorised, multiprocessors());
+  launch_fast_hvp<T>(plan, d, checks_labels(), t, launcher(student));
+}
+
 void run(const RowDivergence& d, const Tensor& student, const Tensor* loss_, const Tensor* grad_) {
   if (d.N == 0) return;
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
@@ -84,8 +91,11 @@ void run_hvp(const RowDivergence& d, const Tensor& student, const Tensor& tangen
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   const Element element = element_of(student);
   const auto launch = launcher(student);
-  if (element == FLOAT64) launch_general_hvp<double>(d, element, checks_labels(), gauss_newton, t, launch);
-  else launch_general_hvp<float>(d, element, checks_labels(), gauss_newton, t, launch);
+  if (element == FLOAT64) return launch_general_hvp<double>(d, element, checks_labels(), gauss_newton, t, launch);
+  if (!is_common(d)) return launch_general_hvp<float>(d, element, checks_labels(), gauss_newton, t, launch);
+  if (element == BFLOAT16) return run_fast_hvp<bfloat16>(d, student, t);
+  if (element == FLOAT16) return run_fast_hvp<float16>(d, student, t);
+  run_fast_hvp<float>(d, student, t);
 }
 
 }  // namespace

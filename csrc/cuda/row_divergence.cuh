@@ -10,8 +10,6 @@
 
 namespace kdaif {
 
-constexpr int TANGENTS = 4;  // that share a look at a class
-
 // Calls body(v, term, j) for all of a row: j is the class within the divergence, -1 outside.
 template <int kind, class F, class Body>
 __device__ __forceinline__ void for_each_output(const Row<kind, F>& r, bool diverges, F* tile, Body body) {
@@ -93,12 +91,6 @@ struct TangentSums {
       along[k] = block_reduce<Sum>(along[k], sums);
     }
   }
-};
-
-struct Tangents {
-  const void* u;  // T [K, N, V], strides as below
-  void* out;      // T [K, N, V] contiguous
-  int64_t K, tangent_stride, row_stride;
 };
 
 // What multiplies a tangent of this row, besides its sums.

@@ -49,13 +49,14 @@ struct FastRow {
 
   // With max_s and max_t at hand. Where a maximum is -inf, all logits so far are: `anchor` keeps -inf - -inf away.
   __device__ __forceinline__ static F anchor(F max) { return max == lowest<F>() ? F(0) : max; }
-  __device__ __forceinline__ void add(F s, F t) {
+  __device__ __forceinline__ void add_student(F s) {
     const F x = s - anchor(max_s);
     if (needs_1()) sum_1 += exp_of(x);
-    if (kd != 0) {
-      sum_T += exp_of(x * inverse);
-      sum_t += exp_of((t - anchor(max_t)) * inverse);
-    }
+    if (kd != 0) sum_T += exp_of(x * inverse);
+  }
+  __device__ __forceinline__ void add(F s, F t) {
+    add_student(s);
+    if (kd != 0) sum_t += exp_of((t - anchor(max_t)) * inverse);
   }
 
   // Maxima grow: what was summed up so far must shrink. A sum that is NaN stays NaN.

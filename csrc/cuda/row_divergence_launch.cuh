@@ -2,7 +2,7 @@
 // test without one.
 #pragma once
 #include "cuda/row_divergence.cuh"
-#include "cuda/row_divergence_fast.cuh"
+#include "cuda/row_divergence_fast_hvp.cuh"
 
 namespace kdaif {
 
@@ -53,6 +53,18 @@ void launch_fast(const FastPlan& p, const RowDivergence& d, bool check, float* l
                  Launcher launch) {
   if (p.width == 1) launch_fast_width<T, 1>(p, d, check, loss, grad, workspace, launch);
   else launch_fast_width<T, 16 / sizeof(T)>(p, d, check, loss, grad, workspace, launch);
+}
+
+template <class T, int width, class Launcher>
+void launch_fast_hvp_width(const FastHvpPlan& p, const RowDivergence& d, bool check, const Tangents& t, Launcher launch) {
+  if (p.warps) launch(fast_warp_hvp_kernel<T, float, width>, p.launch, d, check, t);
+  else launch(fast_block_hvp_kernel<T, float, width>, p.launch, d, check, t);
+}
+
+template <class T, class Launcher>
+void launch_fast_hvp(const FastHvpPlan& p, const RowDivergence& d, bool check, const Tangents& t, Launcher launch) {
+  if (p.width == 1) launch_fast_hvp_width<T, 1>(p, d, check, t, launch);
+  else launch_fast_hvp_width<T, 16 / sizeof(T)>(p, d, check, t, launch);
 }
 
 }  // namespace kdaif

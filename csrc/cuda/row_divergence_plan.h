@@ -10,8 +10,15 @@ namespace kdaif {
 constexpr int GENERAL_THREADS = 256;
 constexpr int FAST_THREADS = 512;
 constexpr int WARPS_IN_BLOCK = 4;            // of the kernel that gives each warp its own row
+constexpr int TANGENTS = 4;                  // that share a look at a class
 constexpr int64_t SHORTEST_CHUNK = 8192;     // elements, where several blocks share a row
 constexpr int64_t MOST_BLOCKS = 0x7fffffff;  // rows beyond so many are taken in turns
+
+struct Tangents {
+  const void* u;  // T [K, N, V], strides as below
+  void* out;      // T [K, N, V] contiguous
+  int64_t K, tangent_stride, row_stride;
+};
 
 struct Launch {
   unsigned blocks, blocks_y, threads;
@@ -84,6 +91,33 @@ inline FastPlan fast_plan(int64_t N, int64_t V, int64_t element_size, bool vecto
   p.chunks = (V + p.chunk - 1) / p.chunk;
   p.launch = {static_cast<unsigned>(p.chunks), static_cast<unsigned>(N), FAST_THREADS};
   p.workspace = N * p.chunks * 6;  // 5 sums and a value each
+  return p;
+}
+
+// A product with K tangents, where a group of them is the work of one block, or of one warp where the row is short.
+inline bool is_vectorisable(const RowDivergence& d, const Tangents& t, int64_t element_size) {
+  RowDivergence student = d;
+  student.teacher = nullptr;
+  const bool aligned = reinterpret_cast<uintptr_t>(t.u) % 16 == 0 && t.tangent_stride * element_size % 16 == 0 &&
+                       t.row_stride * element_size % 16 == 0;
+  return aligned && is_vectorisable(student, t.out, element_size);
+}
+
+struct FastHvpPlan {
+  bool warps;
+  int width;
+  Launch launch;
+};
+
+inline FastHvpPlan fast_hvp_plan(int64_t N, int64_t V, int64_t K, int64_t element_size, bool vectorised,
+                                 int64_t multiprocessors) {
+  const int width = vectorised ? static_cast<int>(16 / element_size) : 1;
+  FastHvpPlan p{V <= 32 * width * 4, width, {1, 1, 32 * WARPS_IN_BLOCK}};
+  const int64_t teams = p.warps ? (N + WARPS_IN_BLOCK - 1) / WARPS_IN_BLOCK : N, groups = (K + TANGENTS - 1) / TANGENTS;
+  const int64_t idle = 4 * multiprocessors / teams;  // few rows: several blocks share a row's tangents
+  p.launch.blocks = at_most(teams, MOST_BLOCKS);
+  p.launch.blocks_y = at_most(groups, idle < 1 ? 1 : idle);
+  while (!p.warps && p.launch.threads < FAST_THREADS && p.launch.threads * width * 2 < V) p.launch.threads *= 2;
   return p;
 }
 

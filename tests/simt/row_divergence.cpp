@@ -80,6 +80,24 @@ extern "C" bool row_divergence_fast(int element, int order, bool check, const Ro
   });
 }
 
+extern "C" void hvp_plan(const RowDivergence* d, int element, const Tangents* t, int64_t multiprocessors, int64_t* out) {
+  const int64_t size = size_of(element);
+  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), multiprocessors);
+  const int64_t values[] = {p.warps, p.width, p.launch.blocks, p.launch.blocks_y, p.launch.threads};
+  std::memcpy(out, values, sizeof values);
+}
+
+extern "C" bool row_divergence_fast_hvp(int element, int order, bool check, const RowDivergence* d, const Tangents* t,
+                                        int64_t multiprocessors) {
+  const int64_t size = size_of(element);
+  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), multiprocessors);
+  return survives([&] {
+    if (element == FLOAT32) launch_fast_hvp<float>(p, *d, check, *t, launcher(order));
+    else if (element == BFLOAT16) launch_fast_hvp<bfloat16>(p, *d, check, *t, launcher(order));
+    else launch_fast_hvp<float16>(p, *d, check, *t, launcher(order));
+  });
+}
+
 namespace {
 
 // Arguments in heap buffers of exactly the right size, so that AddressSanitizer sees one element too far.
@@ -131,11 +149,13 @@ bool try_general(int kind, int form, int64_t V, std::mt19937& random) {
 
 bool try_fast(int64_t V, std::mt19937& random) {
   Buffers b;
-  const int64_t N = 3;
+  const int64_t N = 3, K = 5;
   RowDivergence d = fill(b, KL, LOGITS, N, V, random);
   d.rows = d.class_weight = d.soft_labels = nullptr, d.mask = nullptr;
-  std::vector<float> loss(N), grad(N * V);
+  std::vector<float> loss(N), grad(N * V), u(K * N * V, 1), out(K * N * V);
+  const Tangents t{u.data(), out.data(), K, N * V, V};
   row_divergence_fast(FLOAT32, 3, false, &d, loss.data(), grad.data(), 20);
+  row_divergence_fast_hvp(FLOAT32, 3, false, &d, &t, 20);
   return is_common(d) && only_the_last_is_nan(loss);
 }
 

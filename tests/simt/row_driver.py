@@ -1,4 +1,4 @@
-"""tests/simt/row_divergence.cpp from Python: the arguments of the op as the kernels' structures, and random arguments."""
+"""tests/simt/row_divergence.cpp from Python: an op's arguments as the kernels' structures, and random ones."""
 
 import ctypes
 import math
@@ -94,8 +94,12 @@ class FastPlan(NamedTuple):
 WARP, BLOCK, WIDE, SPLIT = range(4)
 
 
-class Trapped(Exception):
+class Trapped(RuntimeError):  # noqa: N818
     pass
+
+
+def tangents_structure(u, out):
+    return Tangents(u.data_ptr(), out.data_ptr(), u.shape[0], u.stride(0), u.stride(1))
 
 
 class Driver:
@@ -103,7 +107,7 @@ class Driver:
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
-        for name in ("row_divergence", "row_divergence_hvp", "row_divergence_fast"):
+        for name in ("row_divergence", "row_divergence_hvp", "row_divergence_fast", "row_divergence_fast_hvp"):
             getattr(self.library, name).restype = c_bool
 
     def loss_and_grad(self, a, order=0, check=True, want=(True, True)):
@@ -138,11 +142,25 @@ class Driver:
         self.library.launch_of_general(c_int64(N), c_int64(V), out)
         return tuple(out)
 
+    def fast_hvp(self, a, tangents, order=0, check=True, multiprocessors=1):
+        out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
+        arguments = [ELEMENTS[a.student.dtype], order, c_bool(check), byref(a.structure())]
+        arguments += [byref(tangents_structure(tangents, out)), c_int64(multiprocessors)]
+        if not self.library.row_divergence_fast_hvp(*arguments):
+            raise Trapped
+        return out
+
+    def hvp_plan(self, structure, element, K, multiprocessors):
+        """(whether warps have rows, elements a load, blocks, blocks_y, threads)"""
+        t = Tangents(4096, 4096, K, structure.N * structure.V, structure.V)
+        out = (c_int64 * 5)()
+        self.library.hvp_plan(byref(structure), element, byref(t), c_int64(multiprocessors), out)
+        return tuple(out)
+
     def hvp(self, a, tangents, gauss_newton=False, order=0, check=True):
         out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
-        t = Tangents(tangents.data_ptr(), out.data_ptr(), tangents.shape[0], tangents.stride(0), tangents.stride(1))
-        element, d = ELEMENTS[a.student.dtype], byref(a.structure())
-        if not self.library.row_divergence_hvp(element, order, c_bool(check), d, c_bool(gauss_newton), byref(t)):
+        arguments = [ELEMENTS[a.student.dtype], order, c_bool(check), byref(a.structure()), c_bool(gauss_newton)]
+        if not self.library.row_divergence_hvp(*arguments, byref(tangents_structure(tangents, out))):
             raise Trapped
         return out
 

@@ -163,11 +163,11 @@ bool try_fast(int64_t V, std::mt19937& random) {
 
 int main() {
   std::mt19937 random(0);
-  for (int64_t V : {1, 2, 31, 33, 130, 1100})
+  for (int64_t V : {1, 33, 1100})
     for (int kind = KL; kind <= SWAPPED_CROSS_ENTROPY; ++kind)
       for (int form : {LOGITS, PROBABILITIES, TOP_K})
         if ((form == LOGITS || !is_between_logits(kind)) && !try_general(kind, form, V, random)) return 1;
-  for (int64_t V : {1, 31, 33, 130, 132, 600, 1100, 2052, 9000, 17001, 34000})
+  for (int64_t V : {1, 33, 132, 1100, 2052, 17001, 34000})
     if (!try_fast(V, random)) return 1;
   std::puts("clean");
   return 0;

@@ -32,7 +32,7 @@ class RowDivergence(Structure):  # as in csrc/common/row_divergence_args.h
 
 
 class Tangents(Structure):  # as in csrc/cuda/row_divergence.cuh
-    _fields_ = [
+    _fields_ = [  # noqa: RUF012
         ("u", c_void_p),
         ("out", c_void_p),
         ("K", c_int64),
@@ -74,7 +74,7 @@ class Arguments(NamedTuple):
 
 
 def compile_driver(output, *flags):
-    command = [CXX, "-std=c++20", "-g", "-O1", "-I", str(CSRC), "-I", str(HERE), str(HERE / "row_divergence.cpp")]
+    command = [CXX, "-std=c++20", "-g1", "-O1", "-I", str(CSRC), "-I", str(HERE), str(HERE / "row_divergence.cpp")]
     subprocess.run([*command, *flags, "-o", str(output)], check=True, capture_output=True, text=True)
 
 

@@ -108,7 +108,7 @@ def test_every_kind_with_every_option(driver, kind, dtype):
         a = arguments(4, 33, dtype, kind=kind, **chosen)
         a.labels[:2] = torch.tensor([4, 32])  # inside the slices above, and outside
         check_loss_and_grad(driver.loss_and_grad(a), a)
-        u = tangents(a, K=5)
+        u = tangents(a, K=5 if dtype == torch.float64 else 1)
         for gauss_newton in (False, True):
             check_hvp(driver.hvp(a, u, gauss_newton), a, u, gauss_newton)
 
@@ -138,13 +138,17 @@ COMMON = {
 }
 
 
+def orders_for(V):
+    return [*ORDERS.values()] if V < 1000 else [ORDERS["reverse"], ORDERS["random"]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("V", [1, 2, 31, 33, 130, 136, 700, 704, 2100, 5000])
 def test_fast_kernels_at_every_size(driver, V, dtype):
     for setting in COMMON.values():
         a = arguments(2, V, dtype, other=0.0, **setting)
         assert driver.plan(a).is_common
-        results = [driver.fast(a, order) for order in ORDERS.values()]
+        results = [driver.fast(a, order) for order in orders_for(V)]
         for others in results[1:]:
             assert all(torch.equal(x, y) for x, y in zip(results[0], others, strict=True))
         check_loss_and_grad(results[0], a)
@@ -152,7 +156,7 @@ def test_fast_kernels_at_every_size(driver, V, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("V", "multiprocessors", "path"), [
-    (20000, 1, None), (34000, 1, WIDE), (34001, 1, WIDE), (34000, 20, SPLIT), (34001, 20, SPLIT),
+    (20000, 1, None), (20001, 1, WIDE), (34000, 1, WIDE), (34000, 20, SPLIT), (34001, 20, SPLIT),
 ])  # fmt: skip
 def test_fast_kernels_on_wide_rows(driver, V, multiprocessors, path, dtype):
     for setting in ("both parts", "at T = 1", "the labels alone"):
@@ -167,13 +171,13 @@ def test_fast_kernels_on_wide_rows(driver, V, multiprocessors, path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("V", [1, 2, 31, 33, 130, 136, 700, 704, 2100, 5000])
+@pytest.mark.parametrize("V", [1, 2, 31, 33, 130, 136, 704, 2100])
 def test_fast_products_at_every_size(driver, V, dtype):
-    for setting in COMMON.values():
+    for setting in COMMON.values() if V < 700 else [COMMON["both parts"]]:
         a = arguments(2, V, dtype, other=0.0, **setting)
-        for K, multiprocessors in ((1, 1), (6, 1), (9, 20)):  # the last: several blocks a row
+        for K, multiprocessors in ((1, 1), (9, 1), (9, 20)):  # the last: several blocks a row
             u = tangents(a, K)
-            results = [driver.fast_hvp(a, u, order, multiprocessors=multiprocessors) for order in ORDERS.values()]
+            results = [driver.fast_hvp(a, u, order, multiprocessors=multiprocessors) for order in orders_for(V)]
             assert all(torch.equal(results[0], others) for others in results[1:])
             if V > 1:
                 check_hvp(results[0], a, u, True)
@@ -299,7 +303,7 @@ def test_rows_further_apart_than_32_bits_can_count(driver, which):
     assert torch.equal(hvp(a, far[None]), hvp(a, u))
 
 
-@pytest.mark.parametrize(("which", "V"), [("general", 70), ("fast", 70), ("fast", 1600), ("fast", 34000)])
+@pytest.mark.parametrize(("which", "V"), [("general", 70), ("fast", 70), ("fast", 601), ("fast", 34000)])
 @pytest.mark.parametrize("want", [(True, False), (False, True)])
 def test_loss_or_gradient_alone(driver, which, V, want):
     a = arguments(2, V, other=0.0)
@@ -308,7 +312,7 @@ def test_loss_or_gradient_alone(driver, which, V, want):
         assert torch.equal(x, y) if wanted else x.isnan().all()
 
 
-CASES = [("general", 70, 1), ("fast", 70, 1), ("fast", 1600, 1), ("fast", 34000, 1), ("fast", 34000, 20)]
+CASES = [("general", 70, 1), ("fast", 70, 1), ("fast", 601, 1), ("fast", 34000, 1), ("fast", 34000, 20)]
 
 
 @pytest.mark.parametrize(("which", "V", "multiprocessors"), CASES)
@@ -320,7 +324,7 @@ def test_ignored_rows_are_zero_whatever_their_logits(driver, which, V, multiproc
     assert loss[1] == 0
     assert (grad[1] == 0).all()
     assert not grad.isnan().any()
-    out = both_hvp(driver)[which](a, tangents(a), **extra)
+    out = both_hvp(driver)[which](a, tangents(a, 1), **extra)
     assert (out[:, 1] == 0).all()
     assert not out.isnan().any()
 
@@ -341,8 +345,8 @@ def test_labels_outside(driver, capfd, which, V, multiprocessors, label):
     assert grad.isnan().any(-1).tolist() == [False, True, False]
     hvp = both_hvp(driver)[which]
     with pytest.raises(Trapped):
-        hvp(a, tangents(a), **extra)
-    assert hvp(a, tangents(a), check=False, **extra).isnan().all(-1)[0].tolist() == [False, True, False]
+        hvp(a, tangents(a, 1), **extra)
+    assert hvp(a, tangents(a, 1), check=False, **extra).isnan().all(-1)[0].tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("index", [-1, 70])
@@ -386,7 +390,7 @@ def test_excluded_classes(driver, which, V, multiprocessors):
     check_loss_and_grad(ours, a)
     assert grad[0, 3] == 0
     assert (grad[2, : V - 3] == 0).all()
-    u = tangents(a)
+    u = tangents(a, 1)
     check_hvp(both_hvp(driver)[which](a, u, **extra), a, u, False)
     # What only the teacher allows costs everything.
     a.student[0, 7] = -math.inf
@@ -479,7 +483,7 @@ def test_more_top_classes_than_a_tile(driver):
 
 def test_address_sanitizer_is_silent(tmp_path):
     program = tmp_path / "row_divergence"
-    compile_driver(program, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_driver(program, "-O0", "-fsanitize=address")
     result = subprocess.run(
         [str(program)], capture_output=True, text=True, check=False, env={"ASAN_OPTIONS": "detect_leaks=0"}
     )

@@ -57,8 +57,10 @@ auto launcher(const Tensor& x) {
 template <class T>
 void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* grad) {
   const FastPlan plan = fast_plan(d.N, d.V, sizeof(T), is_vectorisable(d, grad, sizeof(T)), multiprocessors());
-  const Tensor workspace = torch::stable::new_empty(student, {plan.workspace}, ScalarType::Float);
-  launch_fast(plan, d, checks_labels(), loss, grad, static_cast<float*>(workspace.mutable_data_ptr()), launcher(student));
+  MaybeTensor workspace;
+  if (plan.workspace > 0) workspace = torch::stable::new_empty(student, {plan.workspace}, ScalarType::Float);
+  float* sums = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
+  launch_fast(plan, d, checks_labels(), loss, grad, sums, launcher(student));
 }
 
 template <class T>

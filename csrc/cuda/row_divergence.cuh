@@ -27,8 +27,8 @@ __device__ __forceinline__ void write_zeros(F* loss, void* grad, Element element
 }
 
 template <int kind, class F>
-__device__ __forceinline__ void write_gradient(const Row<kind, F>& r, const RowCrossEntropy<F>& ce, bool diverges, F mass,
-                                               F* tile, void* grad) {
+__device__ __forceinline__ void write_gradient(const Row<kind, F>& r, const RowCrossEntropy<F>& ce, bool diverges,
+                                               F mass, F* tile, void* grad) {
   const LabelPartGrad<F> l = kind == DECOUPLED && r.x.kd != 0 ? label_part_grad(r.part) : LabelPartGrad<F>{0, 0};
   for_each_output(r, diverges, tile, [&](int64_t v, ClassTerm<F> c, int64_t j) {
     F g = 0;
@@ -46,7 +46,8 @@ __device__ __forceinline__ void write_gradient(const Row<kind, F>& r, const RowC
 // loss [N] and grad [N, V] may be null.
 template <int kind, class F>
 __global__ void __launch_bounds__(GENERAL_THREADS, 1)
-row_divergence_kernel(const RowDivergence d, Element element, bool check, F* __restrict__ loss, void* __restrict__ grad) {
+row_divergence_kernel(const RowDivergence d, Element element, bool check, F* __restrict__ loss,
+                      void* __restrict__ grad) {
   using Memory = RowMemory<F, GENERAL_THREADS>;
   __shared__ Memory memory;
   for (int64_t row = blockIdx.x; row < d.N; row += gridDim.x) {
@@ -119,10 +120,10 @@ __device__ __forceinline__ RowCurvature<F> row_curvature(const Row<kind, F>& r, 
 
 // The product's element at class j of the divergence, before the chain rule.
 template <int kind, class F>
-__device__ __forceinline__ F curve(const Row<kind, F>& r, const RowCurvature<F>& h, const ClassTerm<F>& c, bool is_label,
-                                   bool gauss_newton, F u, F u_label, F mean, F along) {
+__device__ __forceinline__ F curve(const Row<kind, F>& r, const RowCurvature<F>& h, const ClassTerm<F>& c,
+                                   bool is_label, bool gauss_newton, F u, F u_label, F mean, F along) {
   const F centred = u - mean;
-  F g = kept_curvature<kind>(c.term, gauss_newton) * centred - c.q * (along - mean * h.curvature) + h.mass * c.q * centred;
+  F g = kept_curvature<kind>(c.term, gauss_newton) * centred + c.q * (h.mass * centred - (along - mean * h.curvature));
   if (kind == DECOUPLED && r.x.kd != 0) {
     const F all_q = is_label ? h.q_y : h.q_rest * c.q;
     const F all_mean = h.q_rest * mean + (h.q_y != 0 ? h.q_y * u_label : F(0));
@@ -187,7 +188,8 @@ row_divergence_hvp_kernel(const RowDivergence d, Element element, bool check, bo
       r.prepare(memory, check);
       h = row_curvature(r, gauss_newton, memory);
     }
-    for (int64_t first = 0; first < t.K; first += TANGENTS) multiply(r, ce, h, t, first, gauss_newton, diverges, memory);
+    for (int64_t first = 0; first < t.K; first += TANGENTS)
+      multiply(r, ce, h, t, first, gauss_newton, diverges, memory);
   }
 }
 

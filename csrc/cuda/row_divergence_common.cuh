@@ -1,5 +1,5 @@
-// What the kernels of row_divergence have in common: reading logits, labels that are not legal, the softmax of a row that
-// is read once. No torch here, so that the same source can be compiled and run by a test without a GPU.
+// What the kernels of row_divergence have in common: reading logits, labels that are not legal, the softmax of a row
+// that is read once. No torch here, so that the same source can be compiled and run by a test without a GPU.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -25,8 +25,8 @@ template <class F> __device__ __forceinline__ F lowest() { return -F(INFINITY); 
 template <class T>
 KDAIF_SHARED T* row_at(T* base, int64_t row, int64_t stride) { return base + row * stride; }
 
-// Logit i in the accumulation type. The element's type is looked up at run time, the same way in all threads: one kernel
-// instead of three.
+// Logit i in the accumulation type. The element's type is looked up at run time, the same way in all threads: one
+// kernel instead of three.
 template <class F>
 __device__ __forceinline__ F load(const void* x, Element element, int64_t i) {
   if constexpr (sizeof(F) == 8) return static_cast<const F*>(x)[i];

@@ -2,8 +2,8 @@
 // logits, no options. float32, bfloat16 and float16; everything else is the business of row_divergence.cuh.
 //
 // Floor: 2 reads and 1 write of V elements, 2 or 3 exponentials an element. Rows that fit into a warp's or a block's
-// registers are read once; their exponentials are formed twice, which is cheaper than twice the registers. Wider rows are
-// read twice, few and very wide ones by several blocks each.
+// registers are read once; their exponentials are formed twice, which is cheaper than twice the registers. Wider rows
+// are read twice, few and very wide ones by several blocks each.
 #pragma once
 #include "cuda/row_divergence_common.cuh"
 #include "cuda/row_divergence_plan.h"
@@ -126,8 +126,8 @@ __device__ __forceinline__ void store_packet(const Packet<T, width>& packet, T* 
   *reinterpret_cast<Packet<T, width>*>(x + at) = packet;
 }
 
-// Hides where a packet's bits came from. Else the compiler keeps a row's widened elements from one pass to the next, and
-// runs out of registers.
+// Hides where a packet's bits came from. Else the compiler keeps a row's widened elements from one pass to the next,
+// and runs out of registers.
 template <class T, int width>
 __device__ __forceinline__ void forget_widened(Packet<T, width>& packet) {
   if constexpr (sizeof(packet) % 4 == 0 && sizeof(T) == 2) {
@@ -344,7 +344,8 @@ fast_split_terms_kernel(const RowDivergence d, int64_t chunk, const F* __restric
 }
 
 template <class F>
-__global__ void __launch_bounds__(WARP) fast_split_loss_kernel(int chunks, const F* __restrict__ values, F* __restrict__ loss) {
+__global__ void __launch_bounds__(WARP)
+fast_split_loss_kernel(int chunks, const F* __restrict__ values, F* __restrict__ loss) {
   F value = 0;
   for (int c = threadIdx.x; c < chunks; c += WARP) value += values[int64_t(blockIdx.x) * chunks + c];
   value = warp_reduce<Sum>(value);

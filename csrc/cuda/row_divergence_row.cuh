@@ -89,8 +89,8 @@ struct Row {
     }
   }
 
+  // Each element of the tile is filled by the thread that reads it: one that still reads the tile before is not disturbed.
   __device__ __forceinline__ void spread_top_k(F* tile, int64_t first) const {
-    __syncthreads();  // the tile before this one may still be read
     for (int i = threadIdx.x; i < TOP_K_TILE; i += blockDim.x) tile[i] = top_rest;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < d.top_k; i += blockDim.x) {

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from kdaif_fast.reference.row_terms import KL, LOGITS, TOP_K, Choices, accumulation_dtype
+from kdaif_fast.reference import row_divergence as reference
+from kdaif_fast.reference.row_terms import CROSS_ENTROPY, KL, LOGITS, PROBABILITIES, TOP_K, Choices, accumulation_dtype
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -31,7 +32,7 @@ class RowDivergence(Structure):  # as in csrc/common/row_divergence_args.h
     )
 
 
-class Tangents(Structure):  # as in csrc/cuda/row_divergence.cuh
+class Tangents(Structure):  # as in csrc/cuda/row_divergence_plan.h
     _fields_ = [  # noqa: RUF012
         ("u", c_void_p),
         ("out", c_void_p),
@@ -212,3 +213,65 @@ def arguments(
 
 def error(ours, expected):
     return ((ours.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+GRAD_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def tangents(a, K=6):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(K, *a.student.shape, dtype=torch.float64, generator=g).to(a.student.dtype)
+
+
+def check_loss_and_grad(ours, a):
+    dtype, wide = a.student.dtype, a.wide()
+    loss, grad = ours
+    if a.student.shape[1] == 1:  # nothing to decide: the reference is 0 up to rounding
+        assert max(loss.abs().max(), grad.abs().max()) < 1e-5
+        return
+    assert error(loss, reference.row_divergence(*wide)) < LOSS_TOLERANCE[dtype]
+    assert error(grad, reference.row_divergence_grad(*wide)) < GRAD_TOLERANCE[dtype]
+
+
+def check_hvp(ours, a, u, gauss_newton):
+    expected = reference.row_divergence_hvp(u.double(), gauss_newton, *a.wide())
+    assert error(ours, expected) < 3 * GRAD_TOLERANCE[a.student.dtype]
+
+
+OPTIONS = {
+    "none": {},
+    "a slice of the classes": {"first_class": 3, "class_count": 20},
+    "a mask for each row": {"mask": 4},
+    "one mask": {"mask": 1},
+    "without the label": {"exclude_label": True},
+    "mixed with the label": {"label_mix": 0.3},
+    "two teachers": {"second": True, "gate": 0.4},
+    "between teacher and student": {"interpolation": 0.6},
+    "the student as its own teacher": {"interpolation": 0.0},
+    "smoothing": {"smoothing": 0.1},
+    "soft labels": {"soft_labels": True},
+    "soft labels in the target": {"soft_labels": True, "label_mix": 0.3, "mask": 4, "exclude_label": True},
+    "class weights": {"class_weight": True},
+    "settings by row": {"rows": True},
+    "no weights": {"weight": False},
+    "no cross-entropy": {"ce": 0.0},
+    "no divergence": {"kd": 0.0, "other": 0.0},
+    "probabilities": {"form": PROBABILITIES},
+    "probabilities without the label": {"form": PROBABILITIES, "exclude_label": True, "mask": 4},
+    "two of probabilities": {"form": PROBABILITIES, "second": True, "gate": 0.4, "label_mix": 0.2},
+    "top k": {"form": TOP_K},
+    "all classes as top k": {"form": TOP_K, "top_k": 33},
+    "top k and more": {"form": TOP_K, "mask": 4, "exclude_label": True, "label_mix": 0.2, "class_weight": True,
+                       "first_class": 2, "class_count": 25},
+    "nearly everything": {"second": True, "label_mix": 0.2, "exclude_label": True, "mask": 4, "class_weight": True,
+                          "smoothing": 0.1, "first_class": 2, "class_count": 25, "rows": True},
+}  # fmt: skip
+
+COMMON = {
+    "both parts": {},
+    "at T = 1": {"T": 1.0},
+    "cross-entropy with the teacher": {"kind": CROSS_ENTROPY, "ce": 0.0},
+    "the teacher alone": {"ce": 0.0, "weight": False},
+    "the labels alone": {"kd": 0.0},
+}

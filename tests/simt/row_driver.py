@@ -16,7 +16,7 @@ from kdaif_fast.reference.row_terms import CROSS_ENTROPY, KL, LOGITS, PROBABILIT
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CXX = shutil.which("g++") or shutil.which("c++")
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3}
+ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3, "warp by warp": 4}
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

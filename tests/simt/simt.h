@@ -32,7 +32,7 @@ constexpr int WARP_SIZE = 32;
 constexpr size_t STACK = 128 << 10;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, finished };
-enum class Order { forward, reverse, odd_even, random };
+enum class Order { forward, reverse, odd_even, random, warp_by_warp };
 
 struct Fiber {
   ucontext_t context{};
@@ -97,6 +97,29 @@ inline bool release(int first, int count, State barrier) {
   return true;
 }
 
+// One go at the threads that can go on; with warp_by_warp, a warp goes as far as it gets before the next has its turn.
+inline bool run_ready(const std::vector<int>& threads) {
+  bool moved = false;
+  for (int i : threads) {
+    if (fibers[i].state != State::ready) continue;
+    current = &fibers[i];
+    swapcontext(&scheduler, &current->context);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+    moved = true;
+  }
+  return moved;
+}
+
+inline bool run_warps_in_turn(int threads) {
+  bool moved = false;
+  std::vector<int> lanes(WARP_SIZE);
+  for (int warp = 0; warp < threads; warp += WARP_SIZE) {
+    std::iota(lanes.begin(), lanes.end(), warp);
+    while (run_ready(lanes) || release(warp, WARP_SIZE, State::at_warp_barrier)) moved = true;
+  }
+  return moved;
+}
+
 inline void run_block(int threads, Order order, uint64_t& seed) {
   while (static_cast<int>(fibers.size()) < threads) fibers.emplace_back();
   for (int i = 0; i < threads; ++i) {
@@ -110,14 +133,7 @@ inline void run_block(int threads, Order order, uint64_t& seed) {
     makecontext(&fiber.context, fiber_main, 0);
   }
   for (;;) {
-    bool moved = false;
-    for (int i : thread_order(threads, order, seed)) {
-      if (fibers[i].state != State::ready) continue;
-      current = &fibers[i];
-      swapcontext(&scheduler, &current->context);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-      moved = true;
-    }
+    bool moved = order == Order::warp_by_warp ? run_warps_in_turn(threads) : run_ready(thread_order(threads, order, seed));
     for (int warp = 0; warp < threads; warp += WARP_SIZE) moved |= release(warp, WARP_SIZE, State::at_warp_barrier);
     moved |= release(0, threads, State::at_block_barrier);
     if (moved) continue;

@@ -157,8 +157,7 @@ __device__ __forceinline__ void finish_packet(const FastRow<F>& r, const Packet<
   if (grad != nullptr) store_packet(out, grad, v);
 }
 
-// A row kept on chip: packet i of a thread begins at element (i * team + rank) * width. Beyond the row all is -inf, which
-// adds nothing to any sum.
+// A row kept on chip: packet i of a thread begins at element (i * team + rank) * width.
 template <class T, class F, int width, int packets, class Team>
 __device__ __forceinline__ void row_on_chip(const T* s, const T* t, T* grad, int64_t V, bool wants_value, FastRow<F>& r,
                                             const Team& team, F& value) {
@@ -295,8 +294,8 @@ fast_wide_kernel(const RowDivergence d, bool check, F* __restrict__ loss, T* __r
   }
 }
 
-// Several blocks a row, in three launches; block (c, row) has chunk c. Chunks are joined in a fixed order: each block of
-// the second launch does that anew rather than wait for another.
+// Several blocks a row, in three launches; block (c, row) has chunk c. Chunks are joined in a fixed order: each block
+// of the second launch does that anew rather than wait for another.
 constexpr int PARTIALS = 5;
 
 template <class T, class F, int width>

@@ -1,8 +1,8 @@
 // Curvature products of row_divergence's common case on the GPU. The teacher and the label drop out:
 //   weight * (ce (diag(p) - p p^T) + kd / T^2 (diag(q) - q q^T)) u,   p = softmax(s), q = softmax(s / T).
 //
-// Floor: 2 K + 1 reads or writes of V elements, 2 exponentials an element and row. Tangents are read twice, for their sums
-// and to write, and the student's row three times, the last time for TANGENTS tangents at once; rows of some 100 KiB, the
+// Floor: 2 K + 1 reads or writes of V elements, 2 exponentials an element and row. Here tangents are read twice, for their
+// sums and to write, and the student's row once more and twice for every TANGENTS of them; rows of some 100 KiB, these
 // tangents included, are found in the caches then.
 #pragma once
 #include "cuda/row_divergence_fast.cuh"

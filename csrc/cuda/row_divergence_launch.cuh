@@ -1,5 +1,5 @@
-// From a call of row_divergence to its kernels. launch(kernel, geometry, arguments...) is the caller's: on a GPU, or by a
-// test without one.
+// From a call of row_divergence to its kernels. launch(kernel, geometry, arguments...) is the caller's: on a GPU, or by
+// a test without one.
 #pragma once
 #include "cuda/row_divergence.cuh"
 #include "cuda/row_divergence_fast_hvp.cuh"
@@ -56,7 +56,8 @@ void launch_fast(const FastPlan& p, const RowDivergence& d, bool check, float* l
 }
 
 template <class T, int width, class Launcher>
-void launch_fast_hvp_width(const FastHvpPlan& p, const RowDivergence& d, bool check, const Tangents& t, Launcher launch) {
+void launch_fast_hvp_width(const FastHvpPlan& p, const RowDivergence& d, bool check, const Tangents& t,
+                           Launcher launch) {
   if (p.warps) launch(fast_warp_hvp_kernel<T, float, width>, p.launch, d, check, t);
   else launch(fast_block_hvp_kernel<T, float, width>, p.launch, d, check, t);
 }

@@ -65,7 +65,9 @@ struct Row {
   __device__ __forceinline__ F class_weight(int64_t v) const {
     return d.class_weight == nullptr ? F(1) : static_cast<const F*>(d.class_weight)[v];
   }
-  __device__ __forceinline__ F logit(int64_t v) const { return load<F>(d.student, element, row * d.student_stride + v); }
+  __device__ __forceinline__ F logit(int64_t v) const {
+    return load<F>(d.student, element, row * d.student_stride + v);
+  }
   __device__ __forceinline__ F student_logit(int64_t j) const { return logit(d.first_class + j); }
   __device__ __forceinline__ F second_logit(int64_t j) const {
     return load<F>(d.second, element, row * d.second_stride + j);
@@ -89,7 +91,8 @@ struct Row {
     }
   }
 
-  // Each element of the tile is filled by the thread that reads it: one that still reads the tile before is not disturbed.
+  // Each element of the tile is filled by the thread that reads it, so nobody who still reads the tile before is
+  // disturbed.
   __device__ __forceinline__ void spread_top_k(F* tile, int64_t first) const {
     for (int i = threadIdx.x; i < TOP_K_TILE; i += blockDim.x) tile[i] = top_rest;
     __syncthreads();

@@ -80,7 +80,8 @@ extern "C" bool row_divergence_fast(int element, int order, bool check, const Ro
   });
 }
 
-extern "C" void hvp_plan(const RowDivergence* d, int element, const Tangents* t, int64_t multiprocessors, int64_t* out) {
+extern "C" void hvp_plan(const RowDivergence* d, int element, const Tangents* t, int64_t multiprocessors,
+                         int64_t* out) {
   const int64_t size = size_of(element);
   const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), multiprocessors);
   const int64_t values[] = {p.warps, p.width, p.launch.blocks, p.launch.blocks_y, p.launch.threads};

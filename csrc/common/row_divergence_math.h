@@ -178,6 +178,14 @@ KDAIF_SHARED F label_part_value(const LabelPart<F>& l, bool normalised = false) 
          divergence<F>(l.p_rest, F(log_of(l.p_rest)), exp_of(l.log_q_rest), l.log_q_rest, normalised);
 }
 
+// The same where p_y and p_rest sum to 1 and their logarithms were formed just as those of q: never negative, and
+// accurate where p and q are nearly equal.
+template <class F>
+KDAIF_SHARED F label_part_divergence(const LabelPart<F>& l, F log_p_y, F log_p_rest) {
+  return divergence<F>(l.p_y, log_p_y, F(exp_of(l.log_q_y)), l.log_q_y, true) +
+         divergence<F>(l.p_rest, log_p_rest, F(exp_of(l.log_q_rest)), l.log_q_rest, true);
+}
+
 // Its gradient in s / T: `label` at the label, `others` times the conditional q elsewhere.
 template <class F>
 struct LabelPartGrad {

@@ -1,4 +1,4 @@
-// Reductions over the threads of a block. Every thread gets the result; the order of operations is fixed, so results
+// Reductions over the threads of a warp or a block. Every thread gets the result; the order of operations is fixed, so results
 // repeat bit for bit.
 #pragma once
 
@@ -14,11 +14,17 @@ struct Max {
   template <class F> static __device__ __forceinline__ F join(F a, F b) { return b > a ? b : a; }
 };
 
+template <class Join, class F>
+__device__ __forceinline__ F warp_reduce(F value) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2)
+    value = Join::join(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
 // blockDim.x must be a multiple of 32; `memory` holds one F per warp.
 template <class Join, class F>
 __device__ __forceinline__ F block_reduce(F value, F* memory) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2)
-    value = Join::join(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  value = warp_reduce<Join>(value);
   const int warps = static_cast<int>(blockDim.x) / WARP;
   __syncthreads();  // a reduction before this one may still be reading `memory`
   if (threadIdx.x % WARP == 0) memory[threadIdx.x / WARP] = value;

@@ -2,21 +2,25 @@
 //
 // Every CUDA thread of a block is a fiber. A fiber runs until it meets a barrier or a shuffle; the scheduler then takes
 // the next, in an order that the test chooses. A kernel whose result depends on that order has a race. Blocks run one
-// after another, and shared memory is a static variable, full of what the block before left in it.
+// after another, and shared memory is a static variable, full of what the block before left in it. A trap ends the launch
+// with an exception.
 #pragma once
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
 
@@ -28,7 +32,7 @@ constexpr int WARP_SIZE = 32;
 constexpr size_t STACK = 128 << 10;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, finished };
-enum class Order { forward, reverse, odd_even, random };
+enum class Order { forward, reverse, odd_even, random, warp_by_warp };
 
 struct Fiber {
   ucontext_t context{};
@@ -49,8 +53,19 @@ inline void wait_at(State barrier) {
   swapcontext(&current->context, &scheduler);
 }
 
+inline std::exception_ptr failure;  // an exception must not leave the fiber's stack, so it is handed over
+
+struct Trap : std::runtime_error {
+  Trap() : std::runtime_error("trap") {}
+};
+[[noreturn]] inline void trap() { throw Trap(); }
+
 inline void fiber_main() {
-  kernel_body();
+  try {
+    kernel_body();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   current->state = State::finished;
   swapcontext(&current->context, &scheduler);
 }
@@ -82,6 +97,29 @@ inline bool release(int first, int count, State barrier) {
   return true;
 }
 
+// One go at the threads that can go on; with warp_by_warp, a warp goes as far as it gets before the next has its turn.
+inline bool run_ready(const std::vector<int>& threads) {
+  bool moved = false;
+  for (int i : threads) {
+    if (fibers[i].state != State::ready) continue;
+    current = &fibers[i];
+    swapcontext(&scheduler, &current->context);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+    moved = true;
+  }
+  return moved;
+}
+
+inline bool run_warps_in_turn(int threads) {
+  bool moved = false;
+  std::vector<int> lanes(WARP_SIZE);
+  for (int warp = 0; warp < threads; warp += WARP_SIZE) {
+    std::iota(lanes.begin(), lanes.end(), warp);
+    while (run_ready(lanes) || release(warp, WARP_SIZE, State::at_warp_barrier)) moved = true;
+  }
+  return moved;
+}
+
 inline void run_block(int threads, Order order, uint64_t& seed) {
   while (static_cast<int>(fibers.size()) < threads) fibers.emplace_back();
   for (int i = 0; i < threads; ++i) {
@@ -95,13 +133,7 @@ inline void run_block(int threads, Order order, uint64_t& seed) {
     makecontext(&fiber.context, fiber_main, 0);
   }
   for (;;) {
-    bool moved = false;
-    for (int i : thread_order(threads, order, seed)) {
-      if (fibers[i].state != State::ready) continue;
-      current = &fibers[i];
-      swapcontext(&scheduler, &current->context);
-      moved = true;
-    }
+    bool moved = order == Order::warp_by_warp ? run_warps_in_turn(threads) : run_ready(thread_order(threads, order, seed));
     for (int warp = 0; warp < threads; warp += WARP_SIZE) moved |= release(warp, WARP_SIZE, State::at_warp_barrier);
     moved |= release(0, threads, State::at_block_barrier);
     if (moved) continue;
@@ -112,14 +144,15 @@ inline void run_block(int threads, Order order, uint64_t& seed) {
 }
 
 // launch(grid, block, order, [&] { kernel(arguments); })
-inline void launch(unsigned grid, unsigned block, Order order, std::function<void()> body) {
+inline void launch(Index grid, unsigned block, Order order, std::function<void()> body) {
   kernel_body = std::move(body);
-  grid_size.x = grid, block_size.x = block;
+  grid_size = grid, block_size.x = block;
   uint64_t seed = 1;
-  for (unsigned b = 0; b < grid; ++b) {
-    block_index.x = b;
-    run_block(static_cast<int>(block), order, seed);
-  }
+  for (block_index.y = 0; block_index.y < grid.y; ++block_index.y)
+    for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) run_block(static_cast<int>(block), order, seed);
+}
+inline void launch(unsigned grid, unsigned block, Order order, std::function<void()> body) {
+  launch(Index{grid, 1, 1}, block, order, std::move(body));
 }
 
 inline Index thread_index() {
@@ -146,5 +179,6 @@ T shuffle_xor(T value, int mask) {
 #define blockIdx (simt::block_index)
 #define blockDim (simt::block_size)
 #define gridDim (simt::grid_size)
+#define __trap() simt::trap()
 #define __syncthreads() simt::wait_at(simt::State::at_block_barrier)
 #define __shfl_xor_sync(lanes, value, mask) simt::shuffle_xor(value, mask)

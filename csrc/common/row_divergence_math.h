@@ -173,9 +173,8 @@ struct LabelPart {
 };
 
 template <class F>
-KDAIF_SHARED F label_part_value(const LabelPart<F>& l, bool normalised = false) {
-  return divergence<F>(l.p_y, F(log_of(l.p_y)), exp_of(l.log_q_y), l.log_q_y, normalised) +
-         divergence<F>(l.p_rest, F(log_of(l.p_rest)), exp_of(l.log_q_rest), l.log_q_rest, normalised);
+KDAIF_SHARED F label_part_value(const LabelPart<F>& l) {
+  return excess<F>(l.p_y, F(log_of(l.p_y)), l.log_q_y) + excess<F>(l.p_rest, F(log_of(l.p_rest)), l.log_q_rest);
 }
 
 // The same where p_y and p_rest sum to 1 and their logarithms were formed just as those of q: never negative, and

@@ -34,6 +34,8 @@ struct GeneralState {
   F kept_mass = 0;     // what curvature products take for minus that
   int64_t label = -1;  // among the divergence's classes, -1 if it is not
   LabelPart<F> part;
+  bool is_plain_target = false;  // a softmax of logits, whose logarithms are known:
+  F log_p_y = 0, log_p_rest = 0;
 };
 
 template <class F>
@@ -53,7 +55,8 @@ template <class F> bool forbid(F* x, const uint8_t* mask, int64_t label, int64_t
   return any;
 }
 
-// x holds logits; then the logarithm of softmax(x / T), which goes to p. Without any class, both are those of 0.
+// x holds logits; then (x - max) / T, which is the logarithm of the softmax but for log_sum. The softmax goes to p.
+// Without any class, both are those of 0.
 template <class F> LogSum<F> log_softmax(F* x, F* p, F temperature, int64_t C, bool any) {
   if (!any) {
     for_vectors<F>(C, [&](int64_t c, auto) { store(all(-F(INFINITY)), x + c), store(Vec<F>{}, p + c); });
@@ -67,10 +70,21 @@ template <class F> LogSum<F> log_softmax(F* x, F* p, F temperature, int64_t C, b
     store(scaled, x + c), store(e, p + c);
   });
   const F total = sum_of(sum), log_sum = log_of(all(total))[0], scale = 1 / total;
-  for_vectors<F>(C, [&](int64_t c, auto) __attribute__((always_inline)) {
-    store(load(x + c) - log_sum, x + c), store(load(p + c) * scale, p + c);
-  });
+  for_vectors<F>(C, [&](int64_t c, auto) __attribute__((always_inline)) { store(load(p + c) * scale, p + c); });
   return {max * inverse, log_sum};
+}
+
+template <class F> void subtract(F* x, F constant, int64_t C) {
+  for_vectors<F>(C, [&](int64_t c, auto) __attribute__((always_inline)) { store(load(x + c) - constant, x + c); });
+}
+
+// For divergences in which only log p - log q counts: that, from the logits' differences, in log_p, and 0 in log_q. Of
+// nearly equal distributions it keeps the digits that log p and log q share.
+template <class F> void put_log_ratio(F* log_q, F* log_p, F log_sum_q, F log_sum_p, int64_t C) {
+  const F constant = log_sum_p - log_sum_q;
+  for_vectors<F>(C, [&](int64_t c, auto) __attribute__((always_inline)) {
+    store(load(log_p + c) - load(log_q + c) - constant, log_p + c), store(Vec<F>{}, log_q + c);
+  });
 }
 
 template <class F> void put_logs(const F* p, F* log_p, int64_t C) {
@@ -182,15 +196,21 @@ void put_distributions(const RowDivergence& d, int64_t i, const RowSettings<F>& 
   const LogSum<F> student = log_softmax(x.log_q, x.q, r.temperature, C, forbid(x.log_q, mask, without, C, minus_infinity));
   state.has_label_part = d.kind == DECOUPLED;
   if (state.has_label_part) shares(label_s, student, state.part.log_q_y, state.part.log_q_rest);
-  if (d.form != LOGITS || d.mixes) return put_mixture(d, i, r, s, mask, leave_out, x, state);
+  if (d.form != LOGITS || d.mixes) {
+    subtract(x.log_q, student.log_sum, C);
+    return put_mixture(d, i, r, s, mask, leave_out, x, state);
+  }
   put_logits(static_cast<const T*>(d.teacher) + i * d.teacher_stride, s, r.interpolation, x.log_p, C);
   const F label_t = state.label >= 0 ? x.log_p[state.label] / r.temperature : minus_infinity;
   const LogSum<F> teacher = log_softmax(x.log_p, x.p, r.temperature, C, forbid(x.log_p, mask, without, C, minus_infinity));
+  state.is_plain_target = true;
   if (state.has_label_part) {
-    F log_label, log_rest;
-    shares(label_t, teacher, log_label, log_rest);
-    state.part.p_y = std::exp(log_label), state.part.p_rest = std::exp(log_rest);
+    shares(label_t, teacher, state.log_p_y, state.log_p_rest);
+    state.part.p_y = std::exp(state.log_p_y), state.part.p_rest = std::exp(state.log_p_rest);
   }
+  if (d.kind == KL || d.kind == DECOUPLED) return put_log_ratio(x.log_q, x.log_p, student.log_sum, teacher.log_sum, C);
+  subtract(x.log_q, student.log_sum, C);
+  subtract(x.log_p, teacher.log_sum, C);
 }
 
 template <int kind, bool SECOND, class F>
@@ -267,7 +287,9 @@ void put_divergence(const RowDivergence& d, int64_t i, const RowSettings<F>& r, 
   const bool normalised = d.class_weight == nullptr && ((d.form == LOGITS && !d.mixes) || leave_out);
   const TermSettings<F> w{r.kd, r.other, F(d.skew), F(1) / F(count > 0 ? count : 1), normalised};
   for_kind(d.kind, [&]<int kind>() { put_terms<kind, SECOND>(d, w, weighted, gauss_newton, x, state); });
-  if (state.has_label_part && r.kd != 0) state.value += r.kd * label_part_value(state.part, d.form == LOGITS && !d.mixes);
+  if (state.has_label_part && r.kd != 0)
+    state.value += r.kd * (state.is_plain_target ? label_part_divergence(state.part, state.log_p_y, state.log_p_rest)
+                                                 : label_part_value(state.part));
 }
 
 // The cross-entropy's target at one vector of classes: smoothed, and weighted by class.

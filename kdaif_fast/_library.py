@@ -19,7 +19,7 @@ NAMESPACE = "kdaif_fast"
 HERE = Path(__file__).parent
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-CPU_LEVELS = ("baseline", "avx2", "avx512")
+CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _references: dict[Any, Callable[..., Any]] = {}
 _triton_kernels: dict[Any, Callable[..., Any]] = {}

@@ -41,18 +41,18 @@ def numbers(result):
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_gives_the_same(level):
     code = USE + f"print(int(torch.ops.kdaif_fast.cpu_level() == {level!r}))"
     *ours, chosen = numbers(python(code, KDAIF_CPU_LEVEL=level))
     assert ours == pytest.approx(numbers(python(USE, KDAIF_NATIVE="0")), rel=1e-5)
     best = torch.ops.kdaif_fast.cpu_level()
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512bf16"]
     assert chosen == (order.index(level) <= order.index(best))
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("kernel", ["row_divergence", "row_stats"])
 def test_lesser_instruction_sets_pass_the_kernel_tests(level, kernel):
     """Every dtype, shape and option, as for the best one."""
@@ -74,7 +74,7 @@ def test_unknown_level_is_refused():
     code = "import kdaif_fast"
     environment = {**os.environ, "KDAIF_CPU_LEVEL": "sse9"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "KDAIF_CPU_LEVEL is 'sse9', expected one of baseline, avx2, avx512" in result.stderr
+    assert "KDAIF_CPU_LEVEL is 'sse9', expected one of baseline, avx2, avx512, avx512bf16" in result.stderr
 
 
 def test_a_library_that_was_built_and_is_gone(tmp_path, monkeypatch):

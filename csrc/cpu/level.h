@@ -5,7 +5,8 @@
 
 namespace kdaif {
 
-enum class Level { baseline, avx2, avx512 };
+enum class Level { baseline, avx2, avx512, avx512bf16 };  // each has what the one before has
+constexpr const char* LEVEL_NAMES[] = {"baseline", "avx2", "avx512", "avx512bf16"};
 
 inline Level best_level() {
 #if defined(KDAIF_X86_LEVELS)
@@ -13,6 +14,9 @@ inline Level best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(KDAIF_AVX512BF16)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Level::avx512bf16;
+#endif
   return avx512 ? Level::avx512 : avx2 ? Level::avx2 : Level::baseline;
 #else
   return Level::baseline;
@@ -23,9 +27,9 @@ inline Level best_level() {
 inline Level choose_level() {
   const Level best = best_level();
   const char* wanted = std::getenv("KDAIF_CPU_LEVEL");
-  if (wanted == nullptr) return best;
-  const Level limit = !std::strcmp(wanted, "baseline") ? Level::baseline : !std::strcmp(wanted, "avx2") ? Level::avx2 : best;
-  return limit < best ? limit : best;
+  for (int i = 0; wanted != nullptr && i < static_cast<int>(best); ++i)
+    if (!std::strcmp(wanted, LEVEL_NAMES[i])) return static_cast<Level>(i);
+  return best;
 }
 
 inline Level level() {
@@ -33,19 +37,23 @@ inline Level level() {
   return chosen;
 }
 
-inline const char* level_name() {
-  return level() == Level::avx512 ? "avx512" : level() == Level::avx2 ? "avx2" : "baseline";
-}
+inline const char* level_name() { return LEVEL_NAMES[static_cast<int>(level())]; }
 
 }  // namespace kdaif
 
 // Calls the copy of `function` that was compiled for the chosen level.
+#if defined(KDAIF_AVX512BF16)
+#define KDAIF_BEST_LEVEL avx512bf16
+#else
+#define KDAIF_BEST_LEVEL avx512
+#endif
 #if defined(KDAIF_X86_LEVELS)
-#define KDAIF_CALL_LEVEL(function, ...)                                              \
-  switch (::kdaif::level()) {                                                        \
-    case ::kdaif::Level::avx512: ::kdaif::avx512::function(__VA_ARGS__); break;      \
-    case ::kdaif::Level::avx2: ::kdaif::avx2::function(__VA_ARGS__); break;          \
-    case ::kdaif::Level::baseline: ::kdaif::baseline::function(__VA_ARGS__); break;  \
+#define KDAIF_CALL_LEVEL(function, ...)                                                                \
+  switch (::kdaif::level()) {                                                                          \
+    case ::kdaif::Level::avx512bf16: ::kdaif::KDAIF_BEST_LEVEL::function(__VA_ARGS__); break;          \
+    case ::kdaif::Level::avx512: ::kdaif::avx512::function(__VA_ARGS__); break;                        \
+    case ::kdaif::Level::avx2: ::kdaif::avx2::function(__VA_ARGS__); break;                            \
+    case ::kdaif::Level::baseline: ::kdaif::baseline::function(__VA_ARGS__); break;                    \
   }
 #else
 #define KDAIF_CALL_LEVEL(function, ...) ::kdaif::baseline::function(__VA_ARGS__)
@@ -55,4 +63,5 @@ inline const char* level_name() {
 #define KDAIF_DECLARE_LEVELS(signature)   \
   namespace kdaif::baseline { signature } \
   namespace kdaif::avx2 { signature }     \
-  namespace kdaif::avx512 { signature }
+  namespace kdaif::avx512 { signature }   \
+  namespace kdaif::avx512bf16 { signature }

@@ -63,11 +63,15 @@ KDAIF_INLINE Floats widen(Halves bits, float16) {  // as in common/half.h
   const Words special = (Words)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Floats)(number | special | (wide & 0x8000) << 16);
 }
+#if defined(__AVX512BF16__)
+KDAIF_INLINE Halves narrow(Floats x, bfloat16) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
+#else
 KDAIF_INLINE Halves narrow(Floats x, bfloat16) {
   const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
   return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Halves);
 }
+#endif
 KDAIF_INLINE Halves narrow(Floats x, float16) {
   const Words bits = (Words)x, magnitude = bits & 0x7fffffffu;
   const Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;

@@ -52,20 +52,16 @@ class RowCall:
             _check.is_positive("row_divergence", "normalizer", normalizer)
             return 1.0 / normalizer
         _check.is_choice("row_divergence", "normalizer", normalizer, NORMALIZERS)
-        if labels is not None:
-            kept = labels != self.choices[-1]
-        if normalizer == "weights":
-            if weight is None:
-                normalizer = "rows"
-            else:
-                total = weight.sum() if labels is None else weight.masked_fill(~kept, 0).sum()
-                return torch.where(total == 0, 0, 1 / total)
+        if normalizer == "weights" and weight is not None:
+            total = weight.sum() if labels is None else weight.masked_fill(labels == self.choices[-1], 0).sum()
+            return torch.where(total == 0, 0, 1 / total)
         per_row = student.shape[1] if normalizer == "elements" else 1
         if labels is None:
             return 1.0 / max(student.shape[0] * per_row, 1)
-        if labels.device.type == "cpu" and not _derive.is_transformed(labels, student):
-            return 1.0 / max(int(kept.sum()) * per_row, 1)
-        return 1.0 / (kept.sum() * per_row).clamp(min=1).to(accumulation_dtype(student))
+        if labels.is_cpu and not _derive.is_transformed(labels, student):
+            return 1.0 / max(_count_kept(labels, self.choices[-1]) * per_row, 1)
+        kept = (labels != self.choices[-1]).sum()
+        return 1.0 / (kept * per_row).clamp(min=1).to(accumulation_dtype(student))
 
     def products(self, tangents: Tensor, gauss_newton: bool) -> Tensor:
         """Curvature of each row's loss times K tangents: [K, N, V] -> [K, N, V]."""
@@ -117,6 +113,13 @@ class RowCall:
         N, dtype = student.shape[0], accumulation_dtype(student)
         columns = [torch.as_tensor(x, dtype=dtype, device=student.device).expand(N) for x in settings]
         return torch.stack(columns), [1.0] * len(settings) + self.others
+
+
+def _count_kept(labels: Tensor, ignore_index: int) -> int:
+    rows = labels.shape[0]
+    if rows and ignore_index < labels.min().item():  # the usual case, in a third of the time
+        return rows
+    return int((labels != ignore_index).sum())
 
 
 def _may_be_differentiated(x: Tensor) -> bool:

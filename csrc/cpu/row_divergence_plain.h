@@ -7,8 +7,6 @@
 // keep the exponentials in the L1/L2 cache instead of forming them twice. `make bench` measures it
 // (benchmarks/bench_row_divergence.py).
 #pragma once
-#include <type_traits>
-
 #include "common/row_divergence_args.h"
 #include "cpu/scratch.h"
 #include "cpu/vector.h"
@@ -27,15 +25,8 @@ struct PlainSums {
 
 template <class F, class T> KDAIF_INLINE F row_max(const T* x, int64_t V) {
   Vec<F> largest = all(-F(INFINITY));
-  int64_t first = 0;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // two to a word: no widening instruction
-    for (; first + 2 * LANES<F> <= V; first += 2 * LANES<F>) {
-      const Words pairs = copy_in<Words>(x + first);
-      largest = max_of((Floats)(pairs & 0xffff0000u), max_of((Floats)(pairs << 16), largest));
-    }
-  }
-  for_vectors<F>(V - first, [&](int64_t v, auto part) __attribute__((always_inline)) {
-    largest = max_of(part.get(x + first + v, -F(INFINITY)), largest);
+  for_vectors_of<F, T>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
+    largest = max_of(part.get(x + v, -F(INFINITY)), largest);
   });
   return largest_of(largest);
 }
@@ -46,7 +37,7 @@ template <int POWER, class X> KDAIF_INLINE X integer_power(X x) {
   else return x * integer_power<POWER - 1>(x);
 }
 
-// Where the exponentials of a row are kept for its gradient.
+// Where the exponentials of a row are kept for its gradient, in the order of for_vectors_of.
 template <class F>
 struct Exponentials {
   F *student, *teacher, *student_1;  // exp(s / T), or exp(s) without KL; exp(t / T); exp(s) if it is no power of the first
@@ -55,13 +46,14 @@ struct Exponentials {
 // POWER is T where T is a small integer, so that exp(s) = exp(s / T)^T; 0 otherwise.
 template <bool CE, bool KL, int POWER, bool KEEP, class F, class T>
 KDAIF_INLINE PlainSums<F> sum_row(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, Exponentials<F> keep) {
+  constexpr bool COARSE = sizeof(T) == 2;
   const F to_log2 = F(LOG2_E), to_log2_T = F(LOG2_E / double(temperature));
   Vec<F> student_1{}, student_T{}, teacher_T{}, cross{};
-  for_vectors<F>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
+  for_vectors_of<F, T>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
     const Vec<F> x = part.get(s + v, -F(INFINITY)) - max_s;
     if constexpr (KL) {
       const Vec<F> log_q = x * to_log2_T, log_p = (part.get(t + v, -F(INFINITY)) - max_t) * to_log2_T;
-      const Vec<F> q = exp2_of(log_q), p = exp2_of(log_p);
+      const Vec<F> q = exp2_of<COARSE>(log_q), p = exp2_of<COARSE>(log_p);
       student_T += q;
       teacher_T += p;
       // A class that the teacher excludes contributes nothing, even where the student excludes it too.
@@ -70,7 +62,7 @@ KDAIF_INLINE PlainSums<F> sum_row(const T* s, const T* t, F max_s, F max_t, F te
       if constexpr (CE && POWER != 0) student_1 += integer_power<POWER>(q);
     }
     if constexpr (CE && (!KL || POWER == 0)) {
-      const Vec<F> e = exp2_of(x * to_log2);
+      const Vec<F> e = exp2_of<COARSE>(x * to_log2);
       student_1 += e;
       if constexpr (KEEP) store(e, (KL ? keep.student_1 : keep.student) + v);
     }
@@ -102,14 +94,14 @@ constexpr double SMALL_KL = 1.0 / 64;  // below this, the difference of sums has
 
 template <bool CE, bool KL, int POWER, class F, class T>
 KDAIF_INLINE void grad_row(T* grad, F one, F student, F teacher, int64_t V, Exponentials<F> kept) {
-  for_vectors<F>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
+  store_vectors<F>(grad, V, [&](int64_t v) __attribute__((always_inline)) {
     const Vec<F> e = load(kept.student + v);
     Vec<F> g;
     if constexpr (KL) g = student * e - teacher * load(kept.teacher + v);
     if constexpr (CE && KL && POWER != 0) g += one * integer_power<POWER>(e);
     if constexpr (CE && KL && POWER == 0) g += one * load(kept.student_1 + v);
     if constexpr (CE && !KL) g = one * e;
-    part.put(g, grad + v);
+    return g;
   });
 }
 
@@ -139,10 +131,11 @@ void plain_row(const T* s, const T* t, int64_t V, int64_t label, F scale, const 
     const F student = KL ? kd / sums.student_T : F(0), teacher = KL ? kd / sums.teacher_T : F(0);
     grad_row<CE, KL, POWER>(grad, one, student, teacher, V, keep);
     if constexpr (CE) {  // from the exponentials again: a narrow gradient is not to be rounded twice
-      const F e = keep.student[label];
-      F g = -scale * r.ce + (KL ? student * e - teacher * keep.teacher[label] : one * e);
+      const int64_t at = place<T>(label, V);
+      const F e = keep.student[at];
+      F g = -scale * r.ce + (KL ? student * e - teacher * keep.teacher[at] : one * e);
       if constexpr (KL && POWER != 0) g += one * integer_power<POWER>(e);
-      if constexpr (KL && POWER == 0) g += one * keep.student_1[label];
+      if constexpr (KL && POWER == 0) g += one * keep.student_1[at];
       kdaif::narrow(g, grad[label]);
     }
   }

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/half.h"
 
@@ -63,14 +64,15 @@ KDAIF_INLINE Floats widen(Halves bits, float16) {  // as in common/half.h
   const Words special = (Words)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Floats)(number | special | (wide & 0x8000) << 16);
 }
+// Rounded to bfloat16, which is the upper half of each word; the lower half is anything.
+KDAIF_INLINE Words round_to_upper(Floats x) {
+  const Words bits = (Words)x, is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
+  return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~is_nan) | (is_nan & 0x7fc00000u);
+}
 #if defined(__AVX512BF16__)
 KDAIF_INLINE Halves narrow(Floats x, bfloat16) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
 #else
-KDAIF_INLINE Halves narrow(Floats x, bfloat16) {
-  const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Halves);
-}
+KDAIF_INLINE Halves narrow(Floats x, bfloat16) { return __builtin_convertvector(round_to_upper(x) >> 16, Halves); }
 #endif
 KDAIF_INLINE Halves narrow(Floats x, float16) {
   const Words bits = (Words)x, magnitude = bits & 0x7fffffffu;
@@ -123,6 +125,22 @@ template <class X, class T> KDAIF_INLINE void store(X x, T* p, int64_t n) {
 }
 #endif
 
+// Two vectors of bfloat16 lie in memory as one of words: the elements with even index are the lower halves, those with
+// odd index the upper ones. Taken apart so, they need no widening instruction.
+KDAIF_INLINE Floats load_even(const bfloat16* p) { return (Floats)(copy_in<Words>(p) << 16); }
+KDAIF_INLINE Floats load_odd(const bfloat16* p) { return (Floats)(copy_in<Words>(p) & 0xffff0000u); }
+KDAIF_INLINE void store_even_odd(Floats even, Floats odd, bfloat16* p) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // the even ones first, then the odd ones
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                              5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i words = _mm512_permutexvar_epi16(interleave, both);
+#else
+  const Words words = (round_to_upper(odd) & 0xffff0000u) | (round_to_upper(even) >> 16);
+#endif
+  std::memcpy(p, &words, sizeof words);
+}
+
 // A whole vector, or the last and shorter one of a row.
 struct Whole {
   template <class F> KDAIF_INLINE Vec<F> inside(F) { return all(F(1)); }  // 1 in the lanes of the row, 0 beyond its end
@@ -145,6 +163,37 @@ template <class F, class Body> KDAIF_INLINE void for_vectors(int64_t count, Body
   int64_t v = 0;
   for (; v + LANES<F> <= count; v += LANES<F>) body(v, Whole{});
   if (v < count) body(v, Start{count - v});
+}
+
+// The same for a row of T whose vectors may come in another order: for bfloat16, the elements with even index of two
+// vectors' worth, then those with odd index. `place` says where an element has gone.
+struct Even {
+  KDAIF_INLINE Floats get(const bfloat16* p, float) { return load_even(p); }
+};
+struct Odd {
+  KDAIF_INLINE Floats get(const bfloat16* p, float) { return load_odd(p - LANES<float>); }
+};
+template <class F, class T, class Body> KDAIF_INLINE void for_vectors_of(int64_t count, Body body) {
+  int64_t first = 0;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    for (; first + 2 * LANES<F> <= count; first += 2 * LANES<F>) body(first, Even{}), body(first + LANES<F>, Odd{});
+  }
+  for_vectors<F>(count - first, [&](int64_t v, auto part) __attribute__((always_inline)) { body(first + v, part); });
+}
+template <class T> KDAIF_INLINE int64_t place(int64_t element, int64_t count) {
+  using F = typename Accumulate<T>::type;
+  constexpr int64_t pair = 2 * LANES<F>;
+  if (!std::is_same_v<T, bfloat16> || element >= count / pair * pair) return element;
+  return element / pair * pair + element % pair / 2 + element % 2 * LANES<F>;
+}
+// Stores a row of which value(v, part) gives the vectors.
+template <class F, class T, class Value> KDAIF_INLINE void store_vectors(T* out, int64_t count, Value value) {
+  int64_t first = 0;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    for (; first + 2 * LANES<F> <= count; first += 2 * LANES<F>)
+      store_even_odd(value(first), value(first + LANES<F>), out + first);
+  }
+  for_vectors<F>(count - first, [&](int64_t v, auto part) __attribute__((always_inline)) { part.put(value(first + v), out + first + v); });
 }
 
 // --- over the lanes, always in the same order --------------------------------------------------------------------------
@@ -193,27 +242,36 @@ KDAIF_INLINE Doubles exp2_fraction(Doubles r) {
   return p * r + 1.0;
 }
 
+// The same for results that will be rounded to 8 or 11 bits: 2.8e-6, and 1 for 0.
+KDAIF_INLINE Floats coarse_exp2_fraction(Floats r) {
+  Floats p = 9.58285e-3f * r + 5.590642e-2f;
+  p = p * r + 2.4024099e-1f;
+  p = p * r + 6.9312419e-1f;
+  return p * r + 1.0f;
+}
+
 // 2^t for t <= 0; NaN for NaN.
 #if defined(__AVX512F__)
-KDAIF_INLINE Floats exp2_of(Floats t) {
+template <bool COARSE = false> KDAIF_INLINE Floats exp2_of(Floats t) {
   const Floats r = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)t, 0);  // t - round(t), 0 for -inf
-  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)exp2_fraction(r), (__m512)(t - r));
+  const Floats p = COARSE ? coarse_exp2_fraction(r) : exp2_fraction(r);
+  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(t - r));
 }
-KDAIF_INLINE Doubles exp2_of(Doubles t) {
+template <bool COARSE = false> KDAIF_INLINE Doubles exp2_of(Doubles t) {
   const Doubles r = (Doubles)_mm512_maskz_reduce_pd(0xff, (__m512d)t, 0);
   return (Doubles)_mm512_maskz_scalef_pd(0xff, (__m512d)exp2_fraction(r), (__m512d)(t - r));
 }
 #else
 // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves that integer in the low bits, which needs neither a
 // rounding nor a conversion instruction (SSE2 has no vector form of either). Below the smallest normal number: 0.
-KDAIF_INLINE Floats exp2_of(Floats t) {
+template <bool COARSE = false> KDAIF_INLINE Floats exp2_of(Floats t) {
   constexpr float lowest = -125.0f, magic = 12582912.0f;
-  const Floats clamped = t < lowest ? all(lowest) : t, shifted = clamped + magic;
-  const Floats p = exp2_fraction(clamped - (shifted - magic));
+  const Floats clamped = t < lowest ? all(lowest) : t, shifted = clamped + magic, r = clamped - (shifted - magic);
+  const Floats p = COARSE ? coarse_exp2_fraction(r) : exp2_fraction(r);
   const Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
   return t < lowest ? Floats{} : t == t ? power : t;
 }
-KDAIF_INLINE Doubles exp2_of(Doubles t) {
+template <bool COARSE = false> KDAIF_INLINE Doubles exp2_of(Doubles t) {
   constexpr double lowest = -1021.0, magic = 6755399441055744.0;
   const Doubles clamped = t < lowest ? all(lowest) : t, shifted = clamped + magic;
   const Doubles p = exp2_fraction(clamped - (shifted - magic));

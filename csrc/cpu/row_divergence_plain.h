@@ -15,13 +15,10 @@ namespace kdaif::KDAIF_LEVEL {
 namespace {
 
 // Sums over a row of exponentials relative to its maximum: every exponent is <= 0, so nothing overflows.
-template <class F>
-struct PlainSums {
-  F student_1 = 0;  // sum exp(s - max s)
-  F student_T = 0;  // sum exp((s - max s) / T)
-  F teacher_T = 0;  // sum exp((t - max t) / T)
-  F cross = 0;      // sum exp((t - max t) / T) * ((t - max t) - (s - max s)) / T
-};
+constexpr int STUDENT_1 = 0;  // sum exp(s - max s)
+constexpr int STUDENT_T = 1;  // sum exp((s - max s) / T)
+constexpr int TEACHER_T = 2;  // sum exp((t - max t) / T)
+constexpr int CROSS = 3;      // sum exp((t - max t) / T) * ((t - max t) - (s - max s)) / T, in units of log 2
 
 template <class F, class T> KDAIF_INLINE F row_max(const T* x, int64_t V) {
   Vec<F> largest = all(-F(INFINITY));
@@ -45,7 +42,7 @@ struct Exponentials {
 
 // POWER is T where T is a small integer, so that exp(s) = exp(s / T)^T; 0 otherwise.
 template <bool CE, bool KL, int POWER, bool KEEP, class F, class T>
-KDAIF_INLINE PlainSums<F> sum_row(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, Exponentials<F> keep) {
+KDAIF_INLINE Four<F> sum_row(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, Exponentials<F> keep) {
   constexpr bool COARSE = sizeof(T) == 2;
   const F to_log2 = F(LOG2_E), to_log2_T = F(LOG2_E / double(temperature));
   Vec<F> student_1{}, student_T{}, teacher_T{}, cross{};
@@ -67,20 +64,14 @@ KDAIF_INLINE PlainSums<F> sum_row(const T* s, const T* t, F max_s, F max_t, F te
       if constexpr (KEEP) store(e, (KL ? keep.student_1 : keep.student) + v);
     }
   });
-  PlainSums<F> sums;
-  if constexpr (CE) sums.student_1 = sum_of(student_1);
-  if constexpr (KL) {
-    sums.student_T = sum_of(student_T), sums.teacher_T = sum_of(teacher_T);
-    sums.cross = sum_of(cross) * F(LN_2);
-  }
-  return sums;
+  return sums_of(student_1, student_T, teacher_T, cross);
 }
 
 // KL of nearly equal distributions, term by term: none is negative, and none is a difference of large numbers.
 template <class F, class T>
-__attribute__((noinline)) F small_kl(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, F student_T, F teacher_T, F log_ratio) {
+__attribute__((noinline)) F small_kl(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, F q_scale, F p_scale, F log_ratio) {
   Vec<F> sum{};
-  const F inverse = 1 / temperature, p_scale = 1 / teacher_T, q_scale = 1 / student_T;
+  const F inverse = 1 / temperature;
   for_vectors<F>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
     const Vec<F> log_q = (part.get(s + v, -F(INFINITY)) - max_s) * inverse - log_ratio;
     const Vec<F> log_p = (part.get(t + v, -F(INFINITY)) - max_t) * inverse;
@@ -110,25 +101,22 @@ template <class T, bool CE, bool KL, int POWER, bool GRAD, class F>
 void plain_row(const T* s, const T* t, int64_t V, int64_t label, F scale, const RowSettings<F>& r, F* loss, T* grad,
                Exponentials<F> keep) {
   const F max_s = row_max<F>(s, V), max_t = KL ? row_max<F>(t, V) : max_s, temperature = r.temperature;
-  const PlainSums<F> sums = sum_row<CE, KL, POWER, GRAD>(s, t, max_s, max_t, temperature, V, keep);
+  const Four<F> sums = sum_row<CE, KL, POWER, GRAD>(s, t, max_s, max_t, temperature, V, keep), inverse = F(1) / sums;
   if (loss != nullptr) {
-    Vec<F> arguments{};
-    if constexpr (CE) arguments[0] = sums.student_1;
-    if constexpr (KL) arguments[1] = sums.student_T / sums.teacher_T;
-    const Vec<F> logs = log_of(arguments);
+    const Four<F> logs = log_of_four(Four<F>{sums[STUDENT_1], sums[STUDENT_T] * inverse[TEACHER_T], F(1), F(1)});
     F value = 0;
     if constexpr (CE) value += r.ce * (logs[0] - (widen(s[label]) - max_s));
     if constexpr (KL) {
-      F kl = sums.cross / sums.teacher_T + logs[1];
+      F kl = sums[CROSS] * F(LN_2) * inverse[TEACHER_T] + logs[1];
       if (kl < F(SMALL_KL))
-        kl = small_kl<F>(s, t, max_s, max_t, temperature, V, sums.student_T, sums.teacher_T, logs[1]);
+        kl = small_kl<F>(s, t, max_s, max_t, temperature, V, inverse[STUDENT_T], inverse[TEACHER_T], logs[1]);
       value += r.kd * kl;
     }
     *loss = scale * value;
   }
   if constexpr (GRAD) {
-    const F one = CE ? scale * r.ce / sums.student_1 : F(0), kd = scale * r.kd / temperature;
-    const F student = KL ? kd / sums.student_T : F(0), teacher = KL ? kd / sums.teacher_T : F(0);
+    const F one = CE ? scale * r.ce * inverse[STUDENT_1] : F(0), kd = KL ? scale * r.kd / temperature : F(0);
+    const F student = KL ? kd * inverse[STUDENT_T] : F(0), teacher = KL ? kd * inverse[TEACHER_T] : F(0);
     grad_row<CE, KL, POWER>(grad, one, student, teacher, V, keep);
     if constexpr (CE) {  // from the exponentials again: a narrow gradient is not to be rounded twice
       const int64_t at = place<T>(label, V);

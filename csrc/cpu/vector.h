@@ -286,20 +286,24 @@ KDAIF_INLINE Doubles exp_of(Doubles x) { return exp2_of(x * LOG2_E); }
 
 // The natural logarithm of x >= 0: x = 2^e m with m from sqrt(1/2) to sqrt(2), log m = 2 artanh((m - 1) / (m + 1)).
 // Subnormal numbers count as the smallest normal one.
-KDAIF_INLINE Floats log_of(Floats x) {
-  const Ints bits = (Ints)max_of(x, all(1.17549435e-38f)), e = (bits - 0x3f3504f3) >> 23;
-  const Floats m = (Floats)(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), z = s * s;
-  Floats p = float(2.0 / 9) * z + float(2.0 / 7);
+template <class X> KDAIF_INLINE X log_of_floats(X x) {
+  using I = decltype(x == x);
+  const X smallest = X{} + 1.17549435e-38f;
+  const I bits = (I)(x > smallest ? x : smallest), e = (bits - 0x3f3504f3) >> 23;
+  const X m = (X)(bits - (e << 23)), s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  X p = float(2.0 / 9) * z + float(2.0 / 7);
   p = p * z + float(2.0 / 5);
   p = p * z + float(2.0 / 3);
   p = p * z + 2.0f;
-  const Floats value = __builtin_convertvector(e, Floats) * float(LN_2) + p * s;
-  return x == 0.0f ? all(-__builtin_inff()) : x < __builtin_inff() ? value : x;
+  const X value = __builtin_convertvector(e, X) * float(LN_2) + p * s;
+  return x == 0.0f ? X{} - __builtin_inff() : x < __builtin_inff() ? value : x;
 }
-KDAIF_INLINE Doubles log_of(Doubles x) {
-  const Longs bits = (Longs)max_of(x, all(2.2250738585072014e-308)), e = (bits - 0x3fe6a09e667f3bcd) >> 52;
-  const Doubles m = (Doubles)(bits - (e << 52)), s = (m - 1.0) / (m + 1.0), z = s * s;
-  Doubles p = 2.0 / 21 * z + 2.0 / 19;
+template <class X> KDAIF_INLINE X log_of_doubles(X x) {
+  using I = decltype(x == x);
+  const X smallest = X{} + 2.2250738585072014e-308;
+  const I bits = (I)(x > smallest ? x : smallest), e = (bits - 0x3fe6a09e667f3bcd) >> 52;
+  const X m = (X)(bits - (e << 52)), s = (m - 1.0) / (m + 1.0), z = s * s;
+  X p = 2.0 / 21 * z + 2.0 / 19;
   p = p * z + 2.0 / 17;
   p = p * z + 2.0 / 15;
   p = p * z + 2.0 / 13;
@@ -309,9 +313,37 @@ KDAIF_INLINE Doubles log_of(Doubles x) {
   p = p * z + 2.0 / 5;
   p = p * z + 2.0 / 3;
   p = p * z + 2.0;
-  const Doubles value = __builtin_convertvector(e, Doubles) * LN_2 + p * s;
-  return x == 0.0 ? all(-__builtin_inf()) : x < __builtin_inf() ? value : x;
+  const X value = __builtin_convertvector(e, X) * LN_2 + p * s;
+  return x == 0.0 ? X{} - __builtin_inf() : x < __builtin_inf() ? value : x;
 }
+KDAIF_INLINE Floats log_of(Floats x) { return log_of_floats(x); }
+KDAIF_INLINE Doubles log_of(Doubles x) { return log_of_doubles(x); }
+
+// --- four numbers of a row at once: a division or a logarithm of four costs what one does -------------------------------
+
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef double FourDoubles __attribute__((vector_size(32)));
+template <class F> struct FourOf;
+template <> struct FourOf<float> { using type = FourFloats; };
+template <> struct FourOf<double> { using type = FourDoubles; };
+template <class F> using Four = typename FourOf<F>::type;
+
+KDAIF_INLINE FourFloats log_of_four(FourFloats x) { return log_of_floats(x); }
+KDAIF_INLINE FourDoubles log_of_four(FourDoubles x) { return log_of_doubles(x); }
+
+#if defined(__AVX512F__)
+KDAIF_INLINE FourFloats sums_of(Floats a, Floats b, Floats c, Floats d) {
+  const auto half = [](Floats x) __attribute__((always_inline)) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  };
+  const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
+  const __m256 abcd = _mm256_hadd_ps(ab, cd);
+  return (FourFloats)_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+#else
+KDAIF_INLINE FourFloats sums_of(Floats a, Floats b, Floats c, Floats d) { return FourFloats{sum_of(a), sum_of(b), sum_of(c), sum_of(d)}; }
+#endif
+KDAIF_INLINE FourDoubles sums_of(Doubles a, Doubles b, Doubles c, Doubles d) { return FourDoubles{sum_of(a), sum_of(b), sum_of(c), sum_of(d)}; }
 
 }  // namespace
 }  // namespace kdaif

@@ -218,6 +218,11 @@ def excess(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     return a * (log_a - log_b).masked_fill(a == 0, 0)
 
 
+def _log_of_mixture(m: Tensor) -> Tensor:
+    """log(m), finite where m underflows though what it is mixed from does not."""
+    return m.clamp(min=torch.finfo(m.dtype).tiny).log()
+
+
 def _divergence(a: Tensor, log_a: Tensor, b: Tensor, log_b: Tensor, normalised: bool) -> Tensor:
     """Terms that sum to KL(a || b). Of normalised ones a log(a / b) + b - a, since none of these is negative."""
     value = excess(a, log_a, log_b)
@@ -254,7 +259,7 @@ def terms(
         return cross, cross, cross
     if kind == JENSEN_SHANNON:
         m = skew * p + (1 - skew) * q
-        log_m = log(m)
+        log_m = _log_of_mixture(m)
         share = p / torch.where(m > 0, m, 1)
         first = (1 - skew) * excess(q, log_q, log_m)
         value = skew * excess(p, log_p, log_m) + first
@@ -263,11 +268,11 @@ def terms(
         m = skew * p + (1 - skew) * q
         share = p / torch.where(m > 0, m, 1)
         first = -(1 - skew) * q * share
-        return times(kd, excess(p, log_p, log(m))), kd * first, kd * first * skew * share
+        return times(kd, excess(p, log_p, _log_of_mixture(m))), kd * first, kd * first * skew * share
     if kind == SKEW_REVERSE:
         m = skew * q + (1 - skew) * p
         share = (1 - skew) * p / torch.where(m > 0, m, 1)
-        value = excess(q, log_q, log(m))
+        value = excess(q, log_q, _log_of_mixture(m))
         first = value + q * share
         return times(kd, value), times(kd, first), times(kd, first + q * share**2)
     if kind == TOTAL_VARIATION:

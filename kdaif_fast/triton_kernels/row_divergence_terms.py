@@ -187,6 +187,12 @@ def log_of(p):
 
 
 @triton.jit
+def log_of_mixture(m):
+    """log m, finite where m underflows though what it is mixed from does not; NaN stays NaN."""
+    return tl.log(tl.where(m < 1.17549435e-38, 1.17549435e-38, m))
+
+
+@triton.jit
 def excess(a, x):
     """a x, 0 where a is 0; NaN stays NaN."""
     return tl.where(a > 0, a * x, a)
@@ -270,7 +276,7 @@ def _mixture_term(q, log_q, p, log_p, w, o: tl.constexpr):
     rest = 1.0 - w.skew
     share_of_p = rest if o.kind == SKEW_REVERSE else w.skew
     m = share_of_p * p + (1.0 - share_of_p) * q
-    log_m = log_of(m)
+    log_m = log_of_mixture(m)
     share = tl.where(m > 0, p / tl.where(m > 0, m, 1.0), m)
     if o.kind == JENSEN_SHANNON:
         along = rest * excess(q, log_q - log_m)

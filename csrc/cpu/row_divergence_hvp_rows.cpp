@@ -15,11 +15,13 @@
 namespace kdaif::KDAIF_LEVEL {
 namespace {
 
-// What multiplies tangents in one row. Distributions that do not count are null.
+// What multiplies tangents in one row. Distributions that do not count are null; the others sum to 1 / ce_inverse and
+// 1 / q_inverse.
 template <class F>
 struct Curvature {
   const F* ce = nullptr;      // softmax(s) [V], times ce_scale
   const F* q = nullptr;       // the divergence's distribution [C], times q_scale
+  F ce_inverse = 1, q_inverse = 1;
   const F* second = nullptr;  // [C], times second_scale
   F ce_scale = 0, q_scale = 0, second_scale = 0;
   int64_t first_class = 0, count = 0, label = -1;
@@ -27,10 +29,6 @@ struct Curvature {
   // classes, which is q_rest * q and q_y at the label.
   F joint_scale = 0, q_y = 0, q_rest = 0;
 };
-
-template <class F> KDAIF_INLINE void scale_row(F* x, F factor, int64_t count) {
-  for_vectors<F>(count, [&](int64_t c, auto) __attribute__((always_inline)) { store(load(x + c) * factor, x + c); });
-}
 
 // Softmax of s and of s / T for rows whose divergence is linear in log q.
 template <class T, class F>
@@ -48,12 +46,12 @@ Curvature<F> plain_curvature(const RowDivergence& d, int64_t i, RowSettings<F> r
   });
   Curvature<F> curve;
   if (kd) {
-    scale_row(x.q, 1 / sum_of(sum_T), d.V);
-    curve.q = x.q, curve.q_scale = scale * r.kd / (r.temperature * r.temperature), curve.count = d.V;
+    curve.q = x.q, curve.q_inverse = 1 / sum_of(sum_T), curve.count = d.V;
+    curve.q_scale = scale * r.kd / (r.temperature * r.temperature) * curve.q_inverse;
   }
   if (ce) {
-    scale_row(x.student_1, 1 / sum_of(sum_1), d.V);
-    curve.ce = x.student_1, curve.ce_scale = scale * r.ce;
+    curve.ce = x.student_1, curve.ce_inverse = 1 / sum_of(sum_1);
+    curve.ce_scale = scale * r.ce * curve.ce_inverse;
   }
   return curve;
 }
@@ -107,9 +105,19 @@ template <class T, class F> void add_divergence(const Curvature<F>& curve, const
 }
 
 template <class T, class F> void product(const Curvature<F>& curve, const T* u, F* sum, T* out, int64_t V) {
-  const F mean_1 = curve.ce == nullptr ? F(0) : dot(curve.ce, u, V);
   const bool whole = curve.second == nullptr && curve.q != nullptr;  // then all in one loop
-  const F mean_T = whole ? dot(curve.q, u, V) : F(0);
+  F mean_1 = 0, mean_T = 0;
+  if (whole && curve.ce != nullptr) {
+    Vec<F> sum_1{}, sum_T{};
+    for_vectors<F>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
+      const Vec<F> x = part.get(u + v, F(0));
+      sum_1 += part.get(curve.ce + v, F(0)) * x, sum_T += part.get(curve.q + v, F(0)) * x;
+    });
+    mean_1 = sum_of(sum_1) * curve.ce_inverse, mean_T = sum_of(sum_T) * curve.q_inverse;
+  } else {
+    if (curve.ce != nullptr) mean_1 = dot(curve.ce, u, V) * curve.ce_inverse;
+    if (whole) mean_T = dot(curve.q, u, V) * curve.q_inverse;
+  }
   if (whole && curve.ce != nullptr) {
     for_vectors<F>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
       const Vec<F> x = part.get(u + v, F(0));

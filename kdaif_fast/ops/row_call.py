@@ -95,7 +95,7 @@ class RowCall:
         is_transformed = _derive.is_transformed(*given)
         try:
             if not is_transformed and _is_plain_training(given):
-                return _Training.apply(is_sum, numbers, self.choices, *tensors)
+                return _Training.apply(tensors[0], tensors[1:], is_sum, numbers, self.choices)
             follows_rules = _derive.AVAILABLE and (not is_transformed or row_rules.rules_work())
             # Where this torch would ignore the op's derivative rules, its decomposed form.
             formula: Any = row_ops.row_divergence if follows_rules else reference.row_divergence
@@ -152,23 +152,26 @@ class _Training(torch.autograd.Function):
     """Loss and gradient in one pass over the logits, so that the usual backward pass has nothing left to do."""
 
     @staticmethod
-    def forward(ctx: Any, is_sum: bool, numbers: list[float], choices: list[int], *tensors: Any) -> Tensor:
-        losses, grad = row_ops.row_divergence_with_grad(*tensors, numbers, choices)
-        ctx.save_for_backward(grad, *tensors)
-        ctx.constants = is_sum, numbers, choices
+    def forward(
+        ctx: Any, student: Tensor, others: list[Any], is_sum: bool, numbers: list[float], choices: list[int]
+    ) -> Tensor:
+        losses, grad = row_ops.row_divergence_with_grad(student, *others, numbers, choices)
+        ctx.save_for_backward(grad, student, *[x for x in others if x is not None])
+        ctx.constants = [x is not None for x in others], is_sum, numbers, choices
         return losses.sum() if is_sum else losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        grad, *tensors = ctx.saved_tensors
-        is_sum, numbers, choices = ctx.constants
+        grad, student, *given = ctx.saved_tensors
+        is_given, is_sum, numbers, choices = ctx.constants
         result = None if torch.is_grad_enabled() else _scaled(grad, upstream)
         if result is None:
-            *tensors, weight, rows = tensors
+            rest = iter(given)
+            *others, weight, rows = (next(rest) if there else None for there in is_given)
             scale = upstream.expand(grad.shape[0]) if is_sum else upstream
             scale = scale if weight is None else scale * weight
-            result = row_ops.row_divergence_grad(*tensors, scale, rows, numbers, choices)
-        return None, None, None, result, *[None] * 9
+            result = row_ops.row_divergence_grad(student, *others, scale, rows, numbers, choices)
+        return result, None, None, None, None
 
 
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor | None:

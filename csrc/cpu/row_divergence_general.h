@@ -57,12 +57,12 @@ template <class F> bool forbid(F* x, const uint8_t* mask, int64_t label, int64_t
 
 // x holds logits; then (x - max) / T, which is the logarithm of the softmax but for log_sum. The softmax goes to p.
 // Without any class, both are those of 0.
-template <class F> LogSum<F> log_softmax(F* x, F* p, F temperature, int64_t C, bool any) {
+template <class F> LogSum<F> log_softmax(F* x, F* p, F temperature, int64_t C, F max, bool any) {
   if (!any) {
     for_vectors<F>(C, [&](int64_t c, auto) { store(all(-F(INFINITY)), x + c), store(Vec<F>{}, p + c); });
     return {0, -F(INFINITY)};
   }
-  const F max = row_max<F>(x, C), inverse = 1 / temperature;
+  const F inverse = 1 / temperature;
   Vec<F> sum{};
   for_vectors<F>(C, [&](int64_t c, auto part) __attribute__((always_inline)) {
     const Vec<F> scaled = (part.get(x + c, -F(INFINITY)) - max) * inverse, e = exp_of(scaled);
@@ -91,16 +91,26 @@ template <class F> void put_logs(const F* p, F* log_p, int64_t C) {
   for_vectors<F>(C, [&](int64_t c, auto part) __attribute__((always_inline)) { store(log_of(part.get(p + c, F(0))), log_p + c); });
 }
 
-// The teacher's logits, interpolated with the student's own.
-template <class T, class F> void put_logits(const T* t, const T* s, F share, F* out, int64_t C) {
+// The teacher's logits, interpolated with the student's own. Returns the largest.
+template <class T, class F> F put_logits(const T* t, const T* s, F share, F* out, int64_t C) {
+  Vec<F> largest = all(-F(INFINITY));
   for_vectors<F>(C, [&](int64_t c, auto part) __attribute__((always_inline)) {
     const Vec<F> low = all(-F(INFINITY));
     Vec<F> x = low;
     if (share != 0) x = part.get(t + c, -F(INFINITY));
     if (share == 0) x = part.get(s + c, -F(INFINITY));
     else if (share != 1) x = share * x + (1 - share) * part.get(s + c, -F(INFINITY));
+    largest = max_of(x, largest);
     store(x, out + c);
   });
+  return largest_of(largest);
+}
+
+// The logits' softmax over the allowed classes in p, and in x its logarithm but for log_sum. max is the largest of x.
+template <class F> LogSum<F> allowed_softmax(F* x, F* p, F temperature, const uint8_t* mask, int64_t without, int64_t C, F max) {
+  const bool any = forbid(x, mask, without, C, -F(INFINITY));
+  if (mask != nullptr || without >= 0) max = row_max<F>(x, C);
+  return log_softmax(x, p, temperature, C, max, any);
 }
 
 template <class F> void put_top_k(const F* values, const int64_t* indices, int64_t k, F* p, int64_t C) {
@@ -121,9 +131,8 @@ void put_component(const RowDivergence& d, int64_t i, const void* teacher, int64
                    const T* s, const uint8_t* mask, F* p, F* log_p) {
   const int64_t C = d.class_count;
   if (d.form == LOGITS) {
-    put_logits(static_cast<const T*>(teacher) + i * stride, s, share, log_p, C);
-    const bool any = forbid(log_p, mask, -1, C, -F(INFINITY));
-    log_softmax(log_p, p, r.temperature, C, any);
+    const F max = put_logits(static_cast<const T*>(teacher) + i * stride, s, share, log_p, C);
+    allowed_softmax(log_p, p, r.temperature, mask, -1, C, max);
     return;
   }
   const F* values = static_cast<const F*>(teacher) + i * stride;
@@ -172,6 +181,17 @@ template <class F> void shares(F label_logit, LogSum<F> others, F& log_label, F&
   log_label = a - total, log_rest = b - total;
 }
 
+// For divergences between logits: those, divided by T. A class that both exclude counts for nothing.
+template <class F> void put_scaled_logits(F inverse, const GeneralRows<F>& x, int64_t C) {
+  for_vectors<F>(C, [&](int64_t c, auto part) __attribute__((always_inline)) {
+    const Vec<F> s = load(x.log_q + c), t = load(x.log_p + c), none{};
+    const auto excluded = (s == t) & (abs_of(s) == F(INFINITY));
+    store(select(excluded, none, s * inverse), x.log_q + c), store(select(excluded, none, t * inverse), x.log_p + c);
+    store(none, x.q + c), store(none, x.p + c);
+    store(select(excluded, none, part.get(x.kappa + c, F(0))), x.kappa + c);
+  });
+}
+
 // q, log_q, p and log_p.
 template <class T, class F>
 void put_distributions(const RowDivergence& d, int64_t i, const RowSettings<F>& r, const T* s, const uint8_t* mask,
@@ -179,30 +199,28 @@ void put_distributions(const RowDivergence& d, int64_t i, const RowSettings<F>& 
   const int64_t C = d.class_count;
   const bool leave_out = d.exclude_label || d.kind == DECOUPLED;
   const int64_t without = leave_out ? state.label : -1;
-  put_logits(s, s, F(0), x.log_q, C);
+  const F max_s = put_logits(s, s, F(0), x.log_q, C);
   if (is_between_logits(d.kind)) {
     const T* t = static_cast<const T*>(d.teacher) + i * d.teacher_stride;
     put_logits(t, s, r.interpolation, x.log_p, C);
-    for (int64_t c = 0; c < C; ++c) {
-      x.q[c] = x.p[c] = 0;
-      const bool in = (mask == nullptr || mask[c]) && c != without;
-      if (!in || (x.log_q[c] == x.log_p[c] && std::fabs(x.log_q[c]) == F(INFINITY))) x.log_q[c] = x.log_p[c] = x.kappa[c] = 0;
-      else if (d.kind == LOG_COSH) x.log_q[c] /= r.temperature, x.log_p[c] /= r.temperature;
-    }
+    put_scaled_logits(d.kind == LOG_COSH ? 1 / r.temperature : F(1), x, C);
+    for (int64_t c = 0; mask != nullptr && c < C; ++c)
+      if (!mask[c]) x.kappa[c] = 0;
+    if (without >= 0) x.kappa[without] = 0;
     return;
   }
   const F minus_infinity = -F(INFINITY);
   const F label_s = state.label >= 0 ? x.log_q[state.label] / r.temperature : minus_infinity;
-  const LogSum<F> student = log_softmax(x.log_q, x.q, r.temperature, C, forbid(x.log_q, mask, without, C, minus_infinity));
+  const LogSum<F> student = allowed_softmax(x.log_q, x.q, r.temperature, mask, without, C, max_s);
   state.has_label_part = d.kind == DECOUPLED;
   if (state.has_label_part) shares(label_s, student, state.part.log_q_y, state.part.log_q_rest);
   if (d.form != LOGITS || d.mixes) {
     subtract(x.log_q, student.log_sum, C);
     return put_mixture(d, i, r, s, mask, leave_out, x, state);
   }
-  put_logits(static_cast<const T*>(d.teacher) + i * d.teacher_stride, s, r.interpolation, x.log_p, C);
+  const F max_t = put_logits(static_cast<const T*>(d.teacher) + i * d.teacher_stride, s, r.interpolation, x.log_p, C);
   const F label_t = state.label >= 0 ? x.log_p[state.label] / r.temperature : minus_infinity;
-  const LogSum<F> teacher = log_softmax(x.log_p, x.p, r.temperature, C, forbid(x.log_p, mask, without, C, minus_infinity));
+  const LogSum<F> teacher = allowed_softmax(x.log_p, x.p, r.temperature, mask, without, C, max_t);
   state.is_plain_target = true;
   if (state.has_label_part) {
     shares(label_t, teacher, state.log_p_y, state.log_p_rest);
@@ -348,6 +366,13 @@ template <class F> KDAIF_INLINE F chain_factor(const RowDivergence& d, const Row
 template <class T, class F>
 void general_grad(const RowDivergence& d, int64_t i, const RowSettings<F>& r, F scale, const GeneralRows<F>& x,
                   const GeneralState<F>& state, T* grad) {
+  if (!state.has_ce && !state.has_label_part && d.class_count == d.V) {  // then all in one loop
+    const F chain = scale * chain_factor(d, r);
+    for_vectors<F>(d.V, [&](int64_t v, auto part) __attribute__((always_inline)) {
+      part.put(chain * (load(x.first + v) - load(x.q + v) * state.first_sum), grad + v);
+    });
+    return;
+  }
   for_vectors<F>(d.V, [&](int64_t v, auto part) {
     Vec<F> g{};
     if (state.has_ce) g = scale * r.ce * (state.ce_mass * load(x.student_1 + v) - label_target<F>(d, i, v, part));

@@ -29,12 +29,16 @@ try:
     _below_autograd = torch._C._AutoDispatchBelowAutograd
     _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     _make_dual, _unpack_dual = torch._VF._make_dual, torch._VF._unpack_dual
+    _transforms_are_active = torch._C._are_functorch_transforms_active
     AVAILABLE = True
 except (ImportError, AttributeError):  # a torch that has moved them
     AVAILABLE = False
 
     def _is_wrapped(tensor: Tensor) -> bool:
         return True  # unknown, so never look at values
+
+    def _transforms_are_active() -> bool:
+        return True
 
 
 class Rules(NamedTuple):
@@ -53,6 +57,11 @@ class Rules(NamedTuple):
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether a transform or a compiler is at work on these tensors: their values may not be there to look at."""
     return torch.compiler.is_compiling() or forward_ad._current_level >= 0 or any(map(_is_wrapped, tensors))
+
+
+def any_transform() -> bool:
+    """Whether the caller is inside a transform of torch.func, even one that has not touched the tensors at hand."""
+    return _transforms_are_active()
 
 
 def constant_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:

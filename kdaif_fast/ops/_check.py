@@ -108,6 +108,14 @@ def are_labels(op: str, name: str, value: Tensor, classes: int, ignore_index: in
         raise ValueError(f"{op}: {name}[{index}] is {label}, expected 0 <= label < {classes} (the number of classes)")
 
 
+def are_probabilities(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError at the first value outside [0, 1] (NaN is not looked for). Looks at the values."""
+    bad = ((value < 0) | (value > 1.001)).nonzero()
+    if len(bad):
+        index = tuple(bad[0].tolist())
+        raise ValueError(f"{op}: {name}{list(index)} is {value[index].item()}, expected a probability")
+
+
 def are_positive(op: str, name: str, value: Tensor) -> None:
     """Raise ValueError at the first value that is not a positive finite number. Looks at the values."""
     bad = (~((value > 0) & value.isfinite())).flatten().nonzero()

@@ -59,6 +59,9 @@ def kd_loss(
         >>> loss.sum().backward()
     """
     _check.is_share("kd_loss", "alpha", alpha)
+    for name in ("ce_weight", "kd_weight"):
+        if name in options:
+            raise TypeError(f"kd_loss: {name} is given, but alpha says what it is; row_divergence takes both weights")
     if not options:
         call = plain_call(student_logits, teacher_logits, labels, weight, temperature, alpha)
         if call is not None:
@@ -195,6 +198,9 @@ def nkd_loss(
         >>> nkd_loss(student, teacher, torch.tensor([0]), gamma=1.5)
         tensor([2.0456])
     """
+    for name in ("teacher_form", "teacher_indices", "classes", "standardize", "soft_labels", "second_teacher"):
+        if name in options:
+            raise ValueError(f"nkd_loss: {name} is given, expected plain teacher logits over all classes, and labels")
     ignored = {"ignore_index": options["ignore_index"]} if "ignore_index" in options else {}
     teacher_label = torch.exp(-row_divergence(teacher_logits, None, labels, **ignored))
     return row_divergence(

@@ -94,10 +94,10 @@ def read_arguments(
             second = second.to(student_logits.dtype if form == terms.LOGITS else wide)
         if class_mask is not None:
             mask = _class_mask(class_mask, shape, first, C, V, device)
-    elif second_teacher is not None or teacher_indices is not None:
+    elif any(x is not None for x in (second_teacher, teacher_indices, classes, class_mask)):
         raise ValueError("row_divergence: teacher is None, expected logits or probabilities, since more of it is given")
     if labels is not None:
-        _check.is_like(NAME, "labels", labels, shape, "student_logits without classes", device)
+        _check.is_like(NAME, "labels", labels, shape, "student_logits without its last axis", device)
         if labels.dtype != torch.int64:
             raise TypeError(f"row_divergence: labels have dtype {labels.dtype}, expected torch.int64 class indices")
     if soft_labels is not None:
@@ -107,7 +107,7 @@ def read_arguments(
         _check.is_like(NAME, "class_weight", class_weight, torch.Size((V,)), "the classes", device)
         class_weight = class_weight.to(wide)
     if weight is not None:
-        _check.is_like(NAME, "weight", weight, shape, "student_logits without classes", device)
+        _check.is_like(NAME, "weight", weight, shape, "student_logits without its last axis", device)
         if not weight.is_floating_point():
             raise TypeError(f"row_divergence: weight has dtype {weight.dtype}, expected a floating-point dtype")
         weight = weight.to(wide)
@@ -125,9 +125,19 @@ def read_arguments(
 
     if ce_weight is None:
         ce_weight = 0.0 if labels is None and soft is None else 1.0
+    if divergence not in ("kl", "decoupled") and _is_wanted(other_weight):
+        raise ValueError(f"row_divergence: other_weight is {other_weight!r}, but {divergence!r} has one part")
+    if second is None and _is_wanted(gate):
+        raise ValueError(f"row_divergence: gate is {gate!r}, expected a second_teacher with it")
+    if form != terms.LOGITS and _is_not(interpolation, 1):
+        raise ValueError(f"row_divergence: interpolation is {interpolation!r}, expected teacher logits with it")
+    if kind in (terms.LOGIT_MSE, terms.LOG_COSH) and (second is not None or _is_wanted(label_mix)):
+        raise ValueError(f"row_divergence: second_teacher or label_mix is given, but {divergence!r} mixes no targets")
     if divergence == "reverse_kl":
         kd_weight, other_weight = 0.0, kd_weight
     settings: list[PerRow] = [temperature, ce_weight, kd_weight, other_weight, label_mix, interpolation, gate]
+    settings = [x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in settings]
+    settings = [x.expand(shape) if isinstance(x, Tensor) and x.dim() == 0 else x for x in settings]
     _check_settings(settings, shape, device)
     mixes_label = isinstance(label_mix, Tensor) or label_mix != 0
     needs_class = exclude_label or kind == terms.DECOUPLED
@@ -136,7 +146,7 @@ def read_arguments(
     if labels is None and soft is None and (needs_class or mixes_label or _is_wanted(ce_weight)):
         raise ValueError("row_divergence: labels is None, expected class indices (or soft_labels, or ce_weight=0)")
     if scale_by_temperature and kind != terms.LOGIT_MSE and teacher is not None:
-        square = temperature * temperature
+        square = settings[0] * settings[0]
         settings[2], settings[3] = settings[2] * square, settings[3] * square
 
     if student_logits.dim() != 2:
@@ -197,8 +207,8 @@ def _class_range(classes: Any, V: int) -> tuple[int, int]:
         first, stop, step = classes.indices(V)
         legal = step == 1
     else:
-        first, stop = classes
-        legal = True
+        legal = isinstance(classes, (tuple, list)) and len(classes) == 2
+        first, stop = classes if legal else (0, 0)
     if not (legal and 0 <= first < stop <= V):
         raise ValueError(f"row_divergence: classes is {classes!r}, expected 0 <= start < stop <= {V}")
     return first, stop - first
@@ -220,6 +230,11 @@ def _columns(x: Any, shape: torch.Size, first: int, C: int, V: int, name: str, d
         raise TypeError(f"row_divergence: {name} has dtype {x.dtype}, expected a floating-point dtype")
     if x.dim() and C != V and x.shape[-1] == V:
         x = x[..., first : first + C]
+    if x.shape[:-1] == shape and x.dim() and x.shape[-1] < C == V:
+        raise ValueError(
+            f"row_divergence: {name} has shape {tuple(x.shape)}, expected {(*shape, C)} as student_logits; if it knows "
+            "fewer classes, say which: classes=(start, stop)"
+        )
     _check.is_like(NAME, name, x, torch.Size((*shape, C)), "student_logits", device)
     return x
 
@@ -237,6 +252,8 @@ def _top_k(values: Any, indices: Any, shape: torch.Size, C: int, device: torch.d
         raise ValueError(f"row_divergence: teacher_indices has k = {k} classes a row, expected 1 <= k <= {C}")
     _check.is_like(NAME, "teacher_indices", indices, torch.Size((*shape, k)), "student_logits and k", device)
     _check.is_like(NAME, "teacher", values, indices.shape, "teacher_indices", device)
+    if device.type == "cpu" and not is_transformed(values, indices):
+        _check.are_probabilities(NAME, "teacher", values)
     return values, indices
 
 
@@ -255,7 +272,7 @@ def _check_settings(settings: list[PerRow], shape: torch.Size, device: torch.dev
     names = ("temperature", "ce_weight", "kd_weight", "other_weight", "label_mix", "interpolation", "gate")
     for name, value in zip(names, settings, strict=True):
         if isinstance(value, Tensor):
-            _check.is_like(NAME, name, value, shape, "student_logits without classes", device)
+            _check.is_like(NAME, name, value, shape, "student_logits without its last axis", device)
             if not value.is_floating_point():
                 raise TypeError(f"row_divergence: {name} has dtype {value.dtype}, expected a floating-point dtype")
             if name == "temperature" and device.type == "cpu" and not is_transformed(value):
@@ -272,8 +289,17 @@ def _is_wanted(weight: PerRow) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
+def _is_not(value: PerRow, neutral: float) -> bool:
+    return isinstance(value, Tensor) or value != neutral
+
+
 def _standardized(logits: Tensor) -> Tensor:
-    return logits / logits.std(-1, keepdim=True)
+    """Divided by the standard deviation of what is finite, where there is one."""
+    is_finite = logits.isfinite()
+    count = is_finite.sum(-1, keepdim=True)
+    mean = logits.masked_fill(~is_finite, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    variance = (logits - mean).masked_fill(~is_finite, 0).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return logits / variance.masked_fill(variance == 0, 1).sqrt()
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

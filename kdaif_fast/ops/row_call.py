@@ -54,7 +54,8 @@ class RowCall:
         _check.is_choice("row_divergence", "normalizer", normalizer, NORMALIZERS)
         if normalizer == "weights" and weight is not None:
             total = weight.sum() if labels is None else weight.masked_fill(labels == self.choices[-1], 0).sum()
-            return torch.where(total == 0, 0, 1 / total)
+            is_zero = total == 0
+            return (1 / total.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
         per_row = student.shape[1] if normalizer == "elements" else 1
         if labels is None:
             return 1.0 / max(student.shape[0] * per_row, 1)
@@ -82,7 +83,10 @@ class RowCall:
             if isinstance(part_weight, Tensor) or part_weight != 0:
                 alone: list[PerRow] = [*settings[:1], 0.0, 0.0, 0.0, *settings[4:]]
                 alone[j] = 1.0
-                parts.append(part_weight * self._run(alone, is_sum=False))
+                part = self._run(alone, is_sum=False)
+                if isinstance(part_weight, Tensor):  # what has no weight may be infinite
+                    part = part.masked_fill((part_weight == 0) & ~part.isfinite(), 0)
+                parts.append(part_weight * part)
         losses = sum(parts[1:], parts[0])
         return losses.sum() if is_sum else losses
 
@@ -104,6 +108,11 @@ class RowCall:
             labels = tensors[4]
             if labels is not None and not _derive.is_transformed(labels):
                 _check.are_labels("row_divergence", "labels", labels, tensors[0].shape[1], self.choices[-1])
+            indices = tensors[2]
+            if indices is not None and not _derive.is_transformed(indices):
+                first, count = self.choices[4:6]
+                classes = tensors[0].shape[1] - first if count < 0 else count
+                _check.are_labels("row_divergence", "teacher_indices", indices, classes)
             raise
         return losses.sum() if is_sum else losses
 
@@ -142,8 +151,10 @@ def _is_plain_training(given: Sequence[Tensor]) -> bool:
     student = given[0]
     if not (student.requires_grad and student.is_cpu and torch.is_grad_enabled() and _derive.AVAILABLE):
         return False
-    for x in given:  # noqa: SIM110 (a generator costs a microsecond)
-        if (x.requires_grad and x is not student) or type(x) not in (Tensor, torch.nn.Parameter):
+    if _derive.any_transform() or type(student) not in (Tensor, torch.nn.Parameter):
+        return False
+    for x in given[1:]:  # noqa: SIM110 (a generator costs a microsecond)
+        if x.requires_grad or type(x) not in (Tensor, torch.nn.Parameter):
             return False
     return True
 
@@ -177,10 +188,9 @@ class _Training(torch.autograd.Function):
 def _scaled(rows: Tensor, factor: Tensor) -> Tensor | None:
     """factor * rows, without a pass over the rows if it is 1 (a sum or mean of losses).
 
-    None where scaling would round a second time (bfloat16, float16, unless by a power of two, as loss scalers do): the
-    caller then recomputes.
+    None where scaling would round a second time: the caller then recomputes. bfloat16 can be scaled by powers of two,
+    as loss scalers do; in float16 small gradients are rounded away before they could be.
     """
-    exact = factor.dtype == rows.dtype
     if factor.dim() == 0 or (factor.stride(0) == 0 and factor.shape[0]):
         try:
             value = (factor if factor.dim() == 0 else factor[0]).item()
@@ -188,5 +198,8 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor | None:
             value = math.nan
         if value == 1:
             return rows
-        exact |= math.frexp(value)[0] == 0.5
-    return ((factor if factor.dim() == 0 else factor[:, None]) * rows).to(rows.dtype) if exact else None
+        if rows.dtype == torch.bfloat16 and math.frexp(value)[0] == 0.5:
+            return value * rows
+    if factor.dtype != rows.dtype:
+        return None
+    return (factor if factor.dim() == 0 else factor[:, None]) * rows

@@ -67,8 +67,9 @@ def row_divergence(
         labels: int64 [...], 0 <= label < V, or ignore_index. May be None if nothing needs them.
         divergence: see above.
         weight: [...], factor of the row's loss; may be negative; differentiable. Default 1.
-        temperature, ce_weight, kd_weight, other_weight: numbers, or tensors [...], one value per row; differentiable.
-            A part with weight 0 is not looked at. Default of ce_weight: 1 if there are labels or soft labels, else 0.
+        temperature, ce_weight, kd_weight, other_weight: numbers, or tensors (one value per row [...], or a single one);
+            differentiable. A part with weight 0 is not looked at. Default of ce_weight: 1 if there are labels or soft
+            labels, else 0.
         scale_by_temperature: multiply D and R by tau^2 (not "logit_mse", which has no tau).
         skew: share of p (for "skew_reverse_kl": of q) in m, in [0, 1].
         teacher_form: "logits", or "probabilities" (used as they are; their mass need not be 1).
@@ -84,7 +85,8 @@ def row_divergence(
         class_mask: bool [C] or [..., C], False for classes that take no part in the divergence.
         exclude_label: the divergence compares the distributions conditional on not being the label.
         ignore_index: rows with this label have loss 0 and no gradient, and do not count in a mean.
-        standardize: divide each row of logits by its standard deviation first (plain torch, two more passes).
+        standardize: divide each row of logits by its standard deviation first, for the cross-entropy as well (plain
+            torch, some more passes; -inf is left out, rows of equal logits stay as they are).
         reduction: "none", "sum" or "mean".
         normalizer: what a mean divides by: "rows" (not ignored), "weights" (their sum), "elements" (rows times V), or
             a number. Without rows, the mean is 0.

@@ -53,6 +53,8 @@ def row_hvp(
     _check.is_choice("row_hvp", "curvature", curvature, CURVATURES)
     call, _ = read_arguments(student_logits, teacher, labels, **options)
     _check.is_tensor("row_hvp", "tangents", tangents)
+    if teacher is None and labels is None and options.get("soft_labels") is None:
+        raise ValueError("row_hvp: teacher and labels are None, expected at least one of them")
     student = call.tensors[0]
     if tangents.dtype != student.dtype:
         raise TypeError(f"row_hvp: tangents have dtype {tangents.dtype}, expected {student.dtype}, that of the logits")

@@ -59,6 +59,17 @@ def _used(index: int, rows: Tensor | None, numbers: Sequence[float]) -> bool:
     return rows is not None or numbers[index] != 0
 
 
+def _wants_ce(labels: Tensor | None, soft_labels: Tensor | None, rows: Tensor | None, numbers: Sequence[float]) -> bool:
+    return (labels is not None or soft_labels is not None) and _used(1, rows, numbers)
+
+
+def _without_ignored(x: Tensor | None, labels: Tensor | None, ignore_index: int) -> Any:
+    """Zeros in the rows to be ignored: whatever they hold is to reach no derivative."""
+    if x is None or labels is None:
+        return x
+    return x.masked_fill((labels == ignore_index)[:, None], 0)
+
+
 def _label_target(student: Tensor, labels: Tensor | None, soft_labels: Tensor | None, class_weight: Tensor | None,
                   smoothing: float) -> Tensor:  # fmt: skip
     """The cross-entropy's target [N, V]: smoothed, and weighted by class. Its mass need not be 1."""
@@ -74,6 +85,14 @@ def _label_target(student: Tensor, labels: Tensor | None, soft_labels: Tensor | 
 
 def _class_weight(class_weight: Tensor | None, c: Choices) -> Tensor | float:
     return 1.0 if class_weight is None else class_weight[..., c.first_class : c.first_class + c.class_count]
+
+
+def _weighted(class_weight: Tensor | None, c: Choices, value: Tensor) -> Tensor:
+    return (
+        value
+        if class_weight is None
+        else times(class_weight[..., c.first_class : c.first_class + c.class_count], value)
+    )
 
 
 def _is_normalised(class_weight: Tensor | None, c: Choices) -> bool:
@@ -116,8 +135,11 @@ def row_divergence(
 ) -> Tensor:
     """Loss of each row: [N]."""
     r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
+    student, teacher, second, soft_labels = (
+        _without_ignored(x, labels, c.ignore_index) for x in (student, teacher, second, soft_labels)
+    )
     loss = wide(student).new_zeros(student.shape[0])
-    if _used(1, rows, numbers):
+    if _wants_ce(labels, soft_labels, rows, numbers):
         a = _label_target(student, labels, soft_labels, class_weight, numbers[7])
         log_q = wide(student).log_softmax(-1)
         loss = loss + times(r.ce[:, 0], -(a * log_q.masked_fill(a == 0, 0)).sum(-1))
@@ -125,7 +147,7 @@ def row_divergence(
         constant = wide(student).detach()
         parts, label = row(student, constant, teacher, indices, second, labels, soft_labels, mask, r, c)
         value = terms(c.kind, parts, r.kd, r.other, numbers[8], _is_normalised(class_weight, c))[0]
-        loss = loss + (_class_weight(class_weight, c) * value).sum(-1)
+        loss = loss + _weighted(class_weight, c, value).sum(-1)
         if label is not None:
             target_part = excess(label.p_y, log(label.p_y), label.log_q_y)
             target_part = target_part + excess(label.p_rest, log(label.p_rest), label.log_q_rest)
@@ -149,9 +171,12 @@ def row_divergence_grad(
 ) -> Tensor:
     """Gradient of the sum of row_divergence with respect to the student's logits: [N, V]."""
     r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
+    student, teacher, second, soft_labels = (
+        _without_ignored(x, labels, c.ignore_index) for x in (student, teacher, second, soft_labels)
+    )
     V = student.shape[1]
     grad = torch.zeros_like(wide(student))
-    if _used(1, rows, numbers):
+    if _wants_ce(labels, soft_labels, rows, numbers):
         a = _label_target(student, labels, soft_labels, class_weight, numbers[7])
         grad = grad + times(r.ce, a.sum(-1, keepdim=True) * wide(student).softmax(-1) - a)
     if teacher is not None and (_used(2, rows, numbers) or _used(3, rows, numbers)):
@@ -195,13 +220,16 @@ def row_divergence_hvp(
     comes from the curvature of the softmax itself; never negative for weights that are not. The same for the others.
     """
     r, c = settings(student, rows, numbers), _choices(choices, student, teacher)
+    student, teacher, second, soft_labels = (
+        _without_ignored(x, labels, c.ignore_index) for x in (student, teacher, second, soft_labels)
+    )
     V, u = student.shape[1], wide(tangents).transpose(0, 1)
     hvp = torch.zeros_like(u)
 
     def curve(q: Tensor, v: Tensor) -> Tensor:  # (diag(q) - q q^T) v, and what is like it
         return q * (v - (q * v).sum(-1, keepdim=True))
 
-    if _used(1, rows, numbers):
+    if _wants_ce(labels, soft_labels, rows, numbers):
         a = _label_target(student, labels, soft_labels, class_weight, numbers[7])
         hvp = hvp + times((r.ce * a.sum(-1, keepdim=True))[:, None], curve(wide(student).softmax(-1)[:, None], u))
     if teacher is not None and (_used(2, rows, numbers) or _used(3, rows, numbers)):

@@ -100,3 +100,12 @@ def test_options_reach_the_row(data, name):
     kept = torch.tensor([i != 1 for i in range(N)])
     torch.testing.assert_close(ours, (weight * rows)[kept].sum() / (N - 1))
     assert "Source:" in inspect.getdoc(loss)
+
+
+def test_what_named_losses_do_not_take(data):
+    student, teacher, labels = data
+    for name, value in (("teacher_form", "probabilities"), ("soft_labels", teacher), ("classes", (0, 3))):
+        with pytest.raises(ValueError, match=f"nkd_loss: {name} is given"):
+            ops.nkd_loss(student, teacher, labels, **{name: value})
+    with pytest.raises(TypeError, match="kd_loss: ce_weight is given, but alpha"):
+        ops.kd_loss(student, teacher, labels, ce_weight=1.0)

@@ -269,6 +269,99 @@ class TestLearned:
         torch.testing.assert_close(d_kd, row_divergence(student, teacher, temperature=T).detach())
 
 
+class TestFoundByReview:
+    """Each was wrong once."""
+
+    def test_loss_scalers_in_float16(self):
+        """A scale of 65536 fits no float16, and gradients that float16 rounds away come back with it."""
+        student, teacher = torch.randn(2, 64, 1000)
+        half = student.half().requires_grad_()
+        for normalizer in ("rows", 4096 * 1024.0):
+            options = {"reduction": "mean", "normalizer": normalizer}
+            (ours,) = torch.autograd.grad(row_divergence(half, teacher.half(), **options) * 65536, half)
+            wide = half.detach().double().requires_grad_()
+            expected = torch.autograd.grad(row_divergence(wide, teacher.half().double(), **options) * 65536, wide)[0]
+            assert relative_error(ours, expected) < 2e-3
+
+    def test_one_tensor_as_student_and_teacher(self, data):
+        student = data[0]
+        (ours,) = torch.autograd.grad(row_divergence(student, student, divergence="cross_entropy").sum(), student)
+        p = student.softmax(-1)
+        (expected,) = torch.autograd.grad(-(p * p.log()).sum(), student)
+        torch.testing.assert_close(ours, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_narrow_temperatures_are_widened_before_they_are_squared(self, data, dtype):
+        student, teacher = data[0].detach().float(), data[1].float()
+        taus = torch.tensor([300.0, 2.3, 1.0, 1.0, 1.0, 1.0]).to(dtype)
+        ours = row_divergence(student, teacher, temperature=taus)
+        assert torch.equal(ours, row_divergence(student, teacher, temperature=taus.float()))
+
+    def test_learned_weight_of_zero_on_an_infinite_part(self):
+        student, teacher = torch.tensor([[-math.inf, 1.0, 2.0], [1.0, 2.0, 3.0]]), torch.randn(2, 3)
+        teacher[0, 0] = -math.inf
+        labels, ce = torch.tensor([0, 1]), torch.tensor([0.0, 1.0])
+        expected = row_divergence(student, teacher, labels, ce_weight=ce)
+        student.requires_grad_()
+        ours = row_divergence(student, teacher, labels, ce_weight=ce.clone().requires_grad_())
+        torch.testing.assert_close(ours, expected)
+        assert gradient(ours, student).isfinite().all()
+
+    def test_weights_that_sum_to_zero(self, data):
+        student, teacher, _, _ = data
+        weight = torch.tensor([1.0, -1.0, 0, 0, 0, 0], dtype=torch.float64, requires_grad=True)
+        loss = row_divergence(student, teacher, weight=weight, reduction="mean", normalizer="weights")
+        assert loss == 0
+        assert torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+    @pytest.mark.parametrize("options", [{}, {"interpolation": 0.5}, {"divergence": "jensen_shannon"}])
+    def test_nan_in_ignored_rows_reaches_no_gradient(self, data, options):
+        student, teacher, _, labels = data
+        labels[1] = -100
+        student = student.detach().clone()
+        student[1] = teacher[1] = math.nan
+        teacher.requires_grad_()
+        taus = torch.ones(N, dtype=torch.float64, requires_grad=True)
+        loss = row_divergence(student, teacher, labels, temperature=taus, reduction="sum", **options)
+        d_teacher, d_taus = torch.autograd.grad(loss, (teacher, taus))
+        assert d_teacher.isfinite().all()
+        assert (d_teacher[1] == 0).all()
+        assert d_taus.isfinite().all()
+
+    def test_standardize_without_spread(self):
+        constant = torch.zeros(1, 3)
+        assert row_divergence(constant, torch.tensor([[1.0, 2.0, 4.0]]), standardize=True).isfinite().all()
+        assert row_divergence(torch.zeros(2, 1), torch.ones(2, 1), standardize=True).isfinite().all()
+        masked = torch.tensor([[1.0, 2.0, -math.inf]])
+        assert row_divergence(masked, masked + 1, standardize=True).isfinite().all()
+
+    @pytest.mark.parametrize("shape", [(N,), ()])
+    def test_learned_temperature_without_labels(self, data, shape):
+        student, teacher, _, _ = data
+        tau = torch.full(shape, 2.0, dtype=torch.float64, requires_grad=True)
+        loss = row_divergence(student, teacher, temperature=tau, reduction="sum")
+        above, below = (row_divergence(student, teacher, temperature=2.0 + h, reduction="sum") for h in (1e-5, -1e-5))
+        slope = torch.autograd.grad(loss, tau)[0].sum()
+        torch.testing.assert_close(slope, (above - below) / 2e-5, rtol=1e-6, atol=1e-8)
+
+    def test_student_from_outside_a_transform(self, data):
+        student, teacher, _, labels = data
+        loss = row_divergence(student, teacher, labels, reduction="mean")
+        scaled = torch.func.vmap(lambda x: x * row_divergence(student, teacher, labels, reduction="mean"))(
+            torch.ones(3, dtype=torch.float64)
+        )
+        torch.testing.assert_close(scaled, loss.expand(3))
+
+    def test_class_weight_of_zero_on_an_infinite_term(self):
+        student, teacher = torch.tensor([[-math.inf, 1.0, 2.0]]), torch.randn(1, 3)
+        weights = torch.tensor([0.0, 1.0, 1.0])
+        ours = row_divergence(student, teacher, class_weight=weights)
+        with backend("reference"):
+            expected = row_divergence(student, teacher, class_weight=weights)
+        assert expected.isfinite().all()
+        torch.testing.assert_close(ours, expected)
+
+
 class TestBadInput:
     """Every message names the argument and what it was, before any kernel runs."""
 
@@ -315,6 +408,23 @@ class TestBadInput:
             ({"labels": None, "ce_weight": 1.0}, ValueError, "labels is None, expected class indices"),
             ({"labels": None, "exclude_label": True}, ValueError, "labels is None"),
             ({"labels": None, "label_mix": 0.5}, ValueError, "labels is None"),
+            ({"teacher": torch.zeros(3, 2)}, ValueError, r"knows fewer classes, say which: classes=\(start, stop\)"),
+            ({"gate": 0.5}, ValueError, "gate is 0.5, expected a second_teacher"),
+            ({"other_weight": 2.0, "divergence": "jensen_shannon"}, ValueError, "other_weight is 2.0, but 'jensen_"),
+            ({"teacher_form": "probabilities", "interpolation": 0.5}, ValueError, "interpolation is 0.5, expected"),
+            ({"label_mix": 0.5, "divergence": "logit_mse"}, ValueError, "'logit_mse' mixes no targets"),
+            ({"teacher": None, "classes": (0, 2)}, ValueError, "teacher is None"),
+            ({"classes": range(3)}, ValueError, "classes is range"),
+            (
+                {"teacher": torch.full((3, 2), 3.0), "teacher_indices": torch.tensor([[0, 1]] * 3)},
+                ValueError,
+                r"teacher\[0, 0\] is 3.0, expected a probability",
+            ),
+            (
+                {"teacher": torch.full((3, 2), 0.3), "teacher_indices": torch.tensor([[0, 1], [2, 7], [0, 1]])},
+                ValueError,
+                r"teacher_indices\[3\] is 7, expected 0 <= label < 4",
+            ),
             ({"soft_labels": torch.zeros(3, 3)}, ValueError, r"soft_labels has shape \(3, 3\)"),
             ({"class_weight": torch.zeros(3)}, ValueError, r"class_weight has shape \(3,\), expected \(4,\)"),
             ({"class_mask": torch.zeros(4)}, TypeError, "class_mask has dtype torch.float32, expected torch.bool"),

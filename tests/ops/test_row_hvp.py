@@ -65,3 +65,8 @@ def test_is_differentiable(data):
 def test_bad_input(tangents, options, error, message):
     with pytest.raises(error, match=message):
         row_hvp(tangents, torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 2]), **options)
+
+
+def test_nothing_to_differentiate():
+    with pytest.raises(ValueError, match="teacher and labels are None"):
+        row_hvp(torch.zeros(2, 3, 4), torch.zeros(3, 4))

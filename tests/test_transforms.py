@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from kdaif_fast import _derive
+from kdaif_fast import ops as public
 from kdaif_fast.ops import kd_loss, row_rules
 from kdaif_fast.ops import row_ops as ops
 from kdaif_fast.reference import row_divergence as reference
@@ -194,6 +195,45 @@ def test_compiled_backward(backend):
     ours = torch.autograd.grad(loss, leaves)
     for a, b in zip(ours, torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+WHOLE = {
+    "dkd": lambda s, t, y, w: public.dkd_loss(s, t, y, weight=w, reduction="mean"),
+    "js": lambda s, t, y, w: public.js_loss(s, t, y, temperature=w + 1, reduction="mean", normalizer="elements"),
+    "nkd": lambda s, t, y, w: public.nkd_loss(s, t, y, reduction="mean"),
+    "taid": lambda s, t, y, w: public.taid_loss(s, t, y, share=0.3, reduction="mean"),
+    "top-k": lambda s, t, y, w: public.row_divergence(
+        s, t[:, :2].sigmoid() / 4, y, teacher_indices=torch.tensor([[0, 3]] * N), reduction="mean"
+    ),
+    "smoothed, weighted": lambda s, t, y, w: public.row_divergence(
+        s, t, y, weight=w, class_weight=t[0].exp(), label_smoothing=0.1, reduction="mean", normalizer="weights"
+    ),
+    "mixed": lambda s, t, y, w: public.row_divergence(
+        s, t, y, second_teacher=s.detach() + 1, gate=0.3, label_mix=0.2, soft_labels=t.softmax(-1), reduction="sum"
+    ),
+    "weights by row": lambda s, t, y, w: public.row_divergence(s, t, y, ce_weight=w, kd_weight=w * w, reduction="sum"),
+    "slice, standardized": lambda s, t, y, w: public.row_divergence(
+        s, t, y, classes=(1, 4), standardize=True, reduction="mean"
+    ),
+    "hvp": lambda s, t, y, w: public.row_hvp(torch.stack([t, s.detach()]), s, t, y, weight=w).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_compiled_public_losses(name):
+    """Arguments and reduction included, without a graph break."""
+    torch.compiler.reset()
+    labels, weight = LABELS.clone(), WEIGHT.abs()
+    labels[1] = -100
+    leaves = [x.clone().requires_grad_() for x in (STUDENT, TEACHER)]
+    expected = WHOLE[name](*leaves, labels, weight)
+    ours = torch.compile(WHOLE[name], fullgraph=True, backend="aot_eager")(*leaves, labels, weight)
+    torch.testing.assert_close(ours, expected)
+    grads = (torch.autograd.grad(x, leaves, allow_unused=True) for x in (ours, expected))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b)
 
 
 def test_compiled_with_dynamic_shapes():

@@ -45,26 +45,34 @@ template <bool CE, bool KL, int POWER, bool KEEP, class F, class T>
 KDAIF_INLINE Four<F> sum_row(const T* s, const T* t, F max_s, F max_t, F temperature, int64_t V, Exponentials<F> keep) {
   constexpr bool COARSE = sizeof(T) == 2;
   const F to_log2 = F(LOG2_E), to_log2_T = F(LOG2_E / double(temperature));
-  Vec<F> student_1{}, student_T{}, teacher_T{}, cross{};
-  for_vectors_of<F, T>(V, [&](int64_t v, auto part) __attribute__((always_inline)) {
-    const Vec<F> x = part.get(s + v, -F(INFINITY)) - max_s;
-    if constexpr (KL) {
-      const Vec<F> log_q = x * to_log2_T, log_p = (part.get(t + v, -F(INFINITY)) - max_t) * to_log2_T;
-      const Vec<F> q = exp2_of<COARSE>(log_q), p = exp2_of<COARSE>(log_p);
-      student_T += q;
-      teacher_T += p;
-      // A class that the teacher excludes contributes nothing, even where the student excludes it too.
-      cross += select(p > F(0), p * (log_p - log_q), p);
-      if constexpr (KEEP) store(q, keep.student + v), store(p, keep.teacher + v);
-      if constexpr (CE && POWER != 0) student_1 += integer_power<POWER>(q);
-    }
-    if constexpr (CE && (!KL || POWER == 0)) {
-      const Vec<F> e = exp2_of<COARSE>(x * to_log2);
-      student_1 += e;
-      if constexpr (KEEP) store(e, (KL ? keep.student_1 : keep.student) + v);
-    }
-  });
-  return sums_of(student_1, student_T, teacher_T, cross);
+  Four<F> total{};
+  // Summed in blocks: a sum's rounding grows with the number of its terms.
+  constexpr int64_t BLOCK = 16 * LANES<F>;
+  for (int64_t block = 0; block < V; block += BLOCK) {
+    Vec<F> student_1{}, student_T{}, teacher_T{}, cross{};
+    const int64_t count = V - block < BLOCK ? V - block : BLOCK;
+    for_vectors_of<F, T>(count, [&](int64_t at, auto part) __attribute__((always_inline)) {
+      const int64_t v = block + at;
+      const Vec<F> x = part.get(s + v, -F(INFINITY)) - max_s;
+      if constexpr (KL) {
+        const Vec<F> log_q = x * to_log2_T, log_p = (part.get(t + v, -F(INFINITY)) - max_t) * to_log2_T;
+        const Vec<F> q = exp2_of<COARSE>(log_q), p = exp2_of<COARSE>(log_p);
+        student_T += q;
+        teacher_T += p;
+        // A class that the teacher excludes contributes nothing, even where the student excludes it too.
+        cross += select(p > F(0), p * (log_p - log_q), p);
+        if constexpr (KEEP) store(q, keep.student + v), store(p, keep.teacher + v);
+        if constexpr (CE && POWER != 0) student_1 += integer_power<POWER>(q);
+      }
+      if constexpr (CE && (!KL || POWER == 0)) {
+        const Vec<F> e = exp2_of<COARSE>(x * to_log2);
+        student_1 += e;
+        if constexpr (KEEP) store(e, (KL ? keep.student_1 : keep.student) + v);
+      }
+    });
+    total += sums_of(student_1, student_T, teacher_T, cross);
+  }
+  return total;
 }
 
 // KL of nearly equal distributions, term by term: none is negative, and none is a difference of large numbers.

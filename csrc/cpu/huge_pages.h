@@ -1,5 +1,5 @@
 // Fresh memory for large results: the kernel hands it out in pages of 4 KiB, one fault each, which takes longer than
-// filling them ([2048, 32000] float32: 190 ms a call, 87 ms with pages of 2 MiB). Asking for large ones is safe
+// filling them ([2048, 32000] float32: 190 ms a call, 67 ms with pages of 2 MiB). Asking for large ones is safe
 // whatever the memory is, and without effect where the system does not grant them.
 #pragma once
 #include <cstddef>

@@ -1,6 +1,6 @@
 """persample_conv by definition: each sample's weight gradient of a convolution, its dot products and its norm.
 
-A convolution of any number of spatial axes (1 to 3) and groups: z = conv(x; W), x [N, C, *S], W [O, C / groups, *kernel],
+A convolution of 1 to 3 spatial axes, with groups: z = conv(x; W), x [N, C, *S], W [O, C / groups, *kernel],
 b [N, O, *positions] the gradient of each sample's loss at z. With U_i the patches of sample i, one column a position,
 G_i = b_i U_i^T, group by group. Of a transposed convolution G_i is the same with x and b exchanged.
 """
@@ -48,7 +48,8 @@ def persample_conv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G [N, O, C / groups, *kernel] (empty unless `grads`), <G_i, V_k> [N, K], ||G_i||^2 [N] (empty unless `norms`).
 
-    `directions` are [K, O, C / groups, *kernel]; without them K is 0. G has the inputs' dtype, the rest float32 at least.
+    `directions` are [K, O, C / groups, *kernel]; without them K is 0. G has the inputs' dtype, the rest float32 or
+    float64.
     """
     N, C, O = inputs.shape[0], inputs.shape[1], output_grads.shape[1]  # noqa: E741
     wide = torch.promote_types(inputs.dtype, torch.float32)

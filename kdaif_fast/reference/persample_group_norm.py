@@ -1,7 +1,7 @@
 """persample_group_norm by definition: each sample's gradients of the affine parameters of a group norm.
 
-z_icl = w_c xhat_icl + q_c with xhat_icl = (x_icl - mean_ig) rstd_ig, g the group of channel c. With b the gradient of a
-sample's loss at z: dw_ic = sum_l b_icl xhat_icl = rstd_ig (sum_l b_icl x_icl - mean_ig sum_l b_icl), dq_ic = sum_l b_icl.
+z_icl = w_c xhat_icl + q_c with xhat_icl = (x_icl - mean_ig) rstd_ig, g the group of channel c. With b the gradient of
+a sample's loss at z: dw_ic = sum_l b_icl xhat_icl, dq_ic = sum_l b_icl.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def visit_groups(recording: Recording, receive: Callable[[Group], None]) -> None
                 for name in group.names:
                     del group_of[name]
 
-    recording.visit(gather, keeps=True)
+    recording.visit(gather)
     with torch.no_grad():
         unfinished: list[Group] = []
         for group in group_of.values():  # junctions that no gradient has reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Size
@@ -46,7 +46,7 @@ class Plan:
         uses: how many edges lead to each parameter.
         lasting: whether it holds for later batches too.
         ordered: nodes that keep the samples' order only as long as their indices do.
-        generic: the junctions without a rule; None before they have been tried.
+        generic: the junctions without a rule, for tensors of shapes that have been tried.
         shared_shapes: of the tensors made of parameters only, at the junctions: they do not change with the batch.
     """
 
@@ -55,7 +55,7 @@ class Plan:
     lasting: bool
     ordered: list[int]
     shared_shapes: dict[Edge, Size]
-    generic: set[int] | None = None
+    generic: dict[tuple[Size, ...], set[int]] = field(default_factory=dict)
 
     def fits(self, graph: Graph, samples: int) -> bool:
         """Whether a graph with the same key has tensors that can be laid out so."""

@@ -34,6 +34,7 @@ from .terms import GenericTerm, Term
 
 # Plans of one model: for each mode, choice of parameters and shape of graph (a data-dependent model has several).
 _PLANS_KEPT = 32
+_SHAPES_KEPT = 256
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 Receive = Callable[[list[tuple[Path, Term]]], None]
@@ -175,55 +176,64 @@ class Recording:
 
     # --- the backward pass ------------------------------------------------------------------------------------
 
-    def visit(self, receive: Receive, keeps: bool = False) -> None:
+    def visit(self, receive: Receive) -> None:
         """Run the backward pass over the samples' part of the graph, and receive every junction's terms on the way.
 
-        No gradient of a parameter is computed. `keeps`: the terms are used after the pass too.
+        No gradient of a parameter is computed.
         """
         plan, graph = self._plan, self._graph
-        late = [j for j in plan.junctions if plan.generic is None or j.node in plan.generic]
-        retain = (keeps and bool(late)) or plan.generic is None
         early = self._early()
+        # A node can be run by itself only while no backward pass is under way: junctions without a rule have to wait,
+        # and shapes that have not been seen may have some.
+        known = plan.generic.get(self._shapes())
+        late = {j.node for j in plan.junctions} if known is None else known
+        retain = any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
-        ends: list[tuple[Junction, int]] = []
-        handles = []
 
         def arrive(junction: Junction, grads: tuple[Tensor | None, ...]) -> None:
             with torch.no_grad():
                 terms, is_generic = self._terms(junction, grads, early.get(junction.node))
                 if is_generic:
                     generic.add(junction.node)
+                    assert junction.node in late, "a rule that has become inapplicable"
                 receive(terms)
 
-        pending: list[tuple[Junction, tuple[Tensor | None, ...]]] = []
+        waiting: dict[int, list[Tensor | None]] = {}
+        handles = []
+        ends: list[tuple[Junction, int]] = []
         try:
             for junction in plan.junctions:
-                if junction.executed:
-                    # What has to run a checkpointed node again must wait for the pass to be over.
-                    hook = functools.partial(arrive, junction)
-                    if early and self._is_late(junction):
-                        retain = True
-                        hook = functools.partial(lambda j, grads: pending.append((j, grads)), junction)
+                if not junction.executed:
+                    ends.extend((junction, output) for output, at in enumerate(junction.layouts) if at is not None)
+                elif junction.node in late:
+                    hook = functools.partial(lambda node, grads: waiting.__setitem__(node, list(grads)), junction.node)
                     handles.append(graph.nodes[junction.node].register_prehook(hook))
                 else:
-                    ends.extend((junction, output) for output, at in enumerate(junction.layouts) if at is not None)
-            if ends:
-                edges = [GradientEdge(graph.nodes[junction.node], output) for junction, output in ends]
-                caught = torch.autograd.grad(self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True)
+                    hook = functools.partial(arrive, junction)
+                    handles.append(graph.nodes[junction.node].register_prehook(hook))
+            edges = [GradientEdge(graph.nodes[junction.node], output) for junction, output in ends]
+            caught = (
+                torch.autograd.grad(self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True)
+                if edges
+                else ()
+            )
         finally:
             for handle in handles:
                 handle.remove()
-        by_node: dict[int, tuple[Junction, list[Tensor | None]]] = {}
-        for (junction, output), grad in zip(ends, caught if ends else (), strict=True):
-            by_node.setdefault(junction.node, (junction, [None] * len(junction.layouts)))[1][output] = grad
-        for junction, grads in [*by_node.values(), *pending]:
-            if any(grad is not None for grad in grads):
+        for (junction, output), grad in zip(ends, caught, strict=True):
+            waiting.setdefault(junction.node, [None] * len(junction.layouts))[output] = grad
+        del caught
+        for junction in plan.junctions:
+            grads = waiting.pop(junction.node, None)
+            if grads is not None and any(grad is not None for grad in grads):
                 arrive(junction, tuple(grads))
-        if plan.generic is None:
-            plan.generic = generic
+        if known is None:
+            while len(plan.generic) >= _SHAPES_KEPT:
+                plan.generic.pop(next(iter(plan.generic)))
+            plan.generic[self._shapes()] = generic
 
-    def _is_late(self, junction: Junction) -> bool:
-        return self._graph.name(junction.node) not in NODE_RULES and junction.block is None
+    def _shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(self._graph.shape((junction.node, 0)) for junction in self._plan.junctions)
 
     def _early(self) -> dict[int, dict[str, Any]]:
         """What checkpointed nodes have saved, by node: it can be read only before the backward pass runs them."""

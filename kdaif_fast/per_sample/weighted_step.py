@@ -145,14 +145,14 @@ def _contract(
             dots.add(product)
             kept.append((path, rest))
 
-    recording.visit(receive, keeps=True)
+    recording.visit(receive)
     phi = dots.total[:, 0].neg()
     return (phi if scale is None else phi / scale), kept
 
 
 def _collect(recording: Recording) -> list[tuple[Path, Term]]:
     kept: list[tuple[Path, Term]] = []
-    recording.visit(kept.extend, keeps=True)
+    recording.visit(kept.extend)
     return kept
 
 

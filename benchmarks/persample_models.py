@@ -21,9 +21,7 @@ class Problem(NamedTuple):
 
 def mlp() -> nn.Module:
     """784-512-512-10."""
-    return nn.Sequential(
-        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, CLASSES)
-    )
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, CLASSES))
 
 
 def conv_net() -> nn.Module:

@@ -1,0 +1,58 @@
+"""Peak memory of a call, as the kernel counts it: resident pages, whoever took them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PAGES_AT_ONCE = 41  # PR_SET_THP_DISABLE
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Blocks from 64 KiB on go back to the kernel as they are freed, so that the peak is that of live tensors."""
+
+
+def peak_mib(call: Callable[[], object], warm_up: Callable[[], object] | None = None) -> float:
+    """MiB at the worst moment of a call, above what was there before it; what it returns is part of it.
+
+    warm_up is called first (the call itself if None): code, thread pools and caches are not meant.
+    """
+    libc = ctypes.CDLL(None)
+    libc.prctl(PAGES_AT_ONCE, 1, 0, 0, 0)  # with huge pages, a tensor's last page would count as 2 MiB
+    (warm_up or call)()
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    result = call()
+    peak = _status("VmHWM") - before
+    del result
+    return peak
+
+
+def run_in_a_process(script: str, *arguments: str) -> float:
+    """The number that a Python script prints, in a process of its own with the allocator that peaks need."""
+    path = os.pathsep.join(filter(None, [str(_package_root()), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR, "PYTHONPATH": path}
+    )
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    return float(result.stdout)
+
+
+def _package_root() -> Path:
+    import kdaif_fast
+
+    return Path(kdaif_fast.__file__).parents[1]
+
+
+def _status(field: str) -> float:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) / 1024

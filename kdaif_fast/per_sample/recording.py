@@ -303,5 +303,7 @@ def _is_checkpointed(raw: Any) -> bool:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    return model.module if parallel else model
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+        assert isinstance(model, nn.Module)
+    return model

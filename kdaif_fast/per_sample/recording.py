@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ class Recording:
         with torch.inference_mode(False), torch.enable_grad(), transparent(self.model):
             self._batch = unpack_batch(batch, name)
             with watched(self.model) as calls:
-                outputs = call_model(self.model, self._batch.inputs, name, updates_buffers=trains)
+                # DistributedDataParallel expects a backward pass after each of its forward passes.
+                called = self.model if trains else _inner(self.model)
+                outputs = call_model(called, self._batch.inputs, name, updates_buffers=trains)
             self.losses, self._root, self._cotangent = self._losses(outputs, scale)
             self.samples = len(self.losses)
             self._graph = Graph(self._root, self._names)
@@ -146,7 +149,6 @@ class Recording:
         sizes = {len(x) for x in tree_leaves(self._batch.inputs) if isinstance(x, Tensor) and x.dim()}
         if self.samples not in sizes:
             return None
-        module = getattr(self.model, "module", self.model) if _is_parallel(self.model) else self.model
 
         def pick(x: Any) -> Any:
             chosen = isinstance(x, Tensor) and x.dim() and len(x) == self.samples
@@ -156,8 +158,8 @@ class Recording:
         devices = sorted({p.device.index for p in self.parameters.values() if p.is_cuda})
         with torch.random.fork_rng(devices):
             try:
-                with watched(module) as calls:
-                    root = call_model(module, batch.inputs, self._name)
+                with watched(self.model) as calls:
+                    root = call_model(_inner(self.model), batch.inputs, self._name)
                 if not isinstance(root, Tensor):
                     assert self._loss is not None
                     extra = () if batch.teacher_logits is None else (batch.teacher_logits,)
@@ -212,11 +214,12 @@ class Recording:
                     hook = functools.partial(arrive, junction)
                     handles.append(graph.nodes[junction.node].register_prehook(hook))
             edges = [GradientEdge(graph.nodes[junction.node], output) for junction, output in ends]
-            caught = (
-                torch.autograd.grad(self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True)
-                if edges
-                else ()
-            )
+            caught: tuple[Tensor | None, ...] = ()
+            if edges:
+                with without_autocast(self.losses.device):
+                    caught = torch.autograd.grad(
+                        self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True
+                    )
         finally:
             for handle in handles:
                 handle.remove()
@@ -226,7 +229,8 @@ class Recording:
         for junction in plan.junctions:
             grads = waiting.pop(junction.node, None)
             if grads is not None and any(grad is not None for grad in grads):
-                arrive(junction, tuple(grads))
+                with without_autocast(self.losses.device):
+                    arrive(junction, tuple(grads))
         if known is None:
             while len(plan.generic) >= _SHAPES_KEPT:
                 plan.generic.pop(next(iter(plan.generic)))
@@ -284,9 +288,22 @@ class Recording:
         return self._plan.uses[name]
 
 
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """A backward pass runs in the dtypes that the forward pass chose, even if a caller has not left autocast yet."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _is_checkpointed(raw: Any) -> bool:
     return raw is not None and type(getattr(raw, "data", None)).__module__ == "torch.utils.checkpoint"
 
 
-def _is_parallel(model: nn.Module) -> bool:
-    return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+def _inner(model: nn.Module) -> nn.Module:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+        assert isinstance(model, nn.Module)
+    return model

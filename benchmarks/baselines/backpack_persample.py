@@ -17,7 +17,7 @@ except ImportError:
 
 
 class BackPACK(Materialised):
-    """Linear layers, convolutions, embeddings, recurrent layers and BatchNorm; UnsupportedError where it has no rule."""
+    """Linear layers, convolutions, embeddings, recurrent layers and BatchNorm; else UnsupportedError."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)

@@ -56,3 +56,16 @@ def _status(field: str) -> float:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) / 1024
+
+
+def main(mib: str) -> None:
+    """A peak that is known: the given MiB, in blocks, after twice as many that are gone before it begins."""
+
+    def hold(blocks: int) -> list[bytearray]:
+        return [bytearray(b"\1") * 2**20 for _ in range(blocks)]
+
+    print(peak_mib(lambda: hold(int(mib)), lambda: hold(128)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

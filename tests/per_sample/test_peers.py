@@ -42,6 +42,17 @@ class Last(nn.Module):
         return x[0][:, -1]
 
 
+class Bags(nn.Module):
+    """A bag a row, in the form (indices, offsets): the one that opacus has a rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.EmbeddingBag(7, 4, mode="sum")
+
+    def forward(self, tokens):
+        return self.bags(tokens.flatten(), torch.arange(0, tokens.numel(), tokens.shape[1]))
+
+
 class SelfAttention(nn.Module):
     def __init__(self, attention):
         super().__init__()
@@ -128,7 +139,12 @@ RECURRENT = {
 ATTENTION = {
     "attention": (sequence(lambda: SelfAttention(nn.MultiheadAttention(4, 2, batch_first=True)), Rows), tokens(5))
 }
-BAGS = {"embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, CLASSES)), tokens(5))}
+BAGS = {
+    "embedding bag": (
+        lambda: nn.Sequential(Bags(), nn.Linear(4, CLASSES)),
+        lambda: torch.stack([torch.randperm(7)[:5] for _ in range(N)]),  # opacus 1.6 counts a repeated token once
+    )
+}
 RESIDUAL = {
     "residual": (
         lambda: nn.Sequential(
@@ -173,7 +189,7 @@ def assert_same_quantities(model, batch, theirs, dtype):
     assert set(ours) == set(theirs)
     for name, expected in theirs.items():
         assert_close(ours[name], expected, dtype)
-    flat = torch.cat([theirs[name].flatten(1) for name, _ in model.named_parameters()], 1)
+    flat = torch.cat([theirs[name].flatten(1) for name, p in model.named_parameters() if p.requires_grad], 1)
     direction = torch.randn(flat.shape[1], dtype=dtype)
     assert_close(per_sample_grad_dots(model, batch, direction, loss=losses), flat @ direction, dtype)
     assert_close(per_sample_grad_norms(model, batch, losses), flat.norm(dim=1), dtype)
@@ -270,6 +286,11 @@ def by_backpack(model, batch, extension, field):
     return {name: getattr(p, field) for name, p in model.named_parameters()}
 
 
+def skip_what_backpack_cannot(model, dtype):
+    if dtype == torch.float64 and isinstance(model[0], nn.Embedding):
+        pytest.skip("BackPACK 1.7 has embeddings in float32 only")
+
+
 @needs_backpack
 @cases(SIMPLE, TRANSPOSED)
 def test_same_as_backpack_batch_grad(case, dtype):
@@ -277,6 +298,7 @@ def test_same_as_backpack_batch_grad(case, dtype):
     from backpack.extensions import BatchGrad
 
     model, batch = make(case, dtype)
+    skip_what_backpack_cannot(model, dtype)
     theirs = by_backpack(copy.deepcopy(model), batch, BatchGrad(), "grad_batch")
     assert_same_quantities(model, batch, theirs, dtype)
 
@@ -287,6 +309,9 @@ def test_same_as_backpack_batch_l2_grad(case, dtype):
     from backpack.extensions import BatchL2Grad
 
     model, batch = make(case, dtype)
+    if getattr(model[0], "groups", 1) > 1:
+        pytest.skip("BackPACK 1.7 takes the norms of grouped convolutions wrongly: not those of its own BatchGrad")
+    skip_what_backpack_cannot(model, dtype)
     theirs = by_backpack(copy.deepcopy(model), batch, BatchL2Grad(), "batch_l2")
     ours = per_sample_grad_norms(model, batch, losses, per_parameter=True)
     assert set(ours) == set(theirs)

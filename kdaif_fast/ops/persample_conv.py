@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,21 @@ _persample_conv = define(
     "int[] dilation, int groups, bool grads, bool norms) -> (Tensor, Tensor, Tensor)",
     fake=reference.persample_conv,
     reference=reference.persample_conv,
+)
+
+
+def _out_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    *options, out = args
+    G, dots, squared_norms = reference.persample_conv(*options[:8], True, options[8])
+    out.copy_(G)
+    return dots, squared_norms
+
+
+_persample_conv_out = define(
+    "persample_conv_out(Tensor inputs, Tensor output_grads, Tensor? directions, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool norms, Tensor(a!) out) -> (Tensor, Tensor)",
+    fake=_out_reference,
+    reference=_out_reference,
 )
 
 

@@ -60,6 +60,14 @@ ConvImages images(const Tensor& x, const Sizes& offsets) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), offsets.empty() ? nullptr : offsets.data(), product(spatial(x))};
 }
 
+// Whether each sample's part is contiguous and apart from the others'.
+bool is_samples_of(const Tensor& x, int64_t samples, int64_t elements) {
+  int64_t size = 1;
+  for (int64_t axis = x.dim(); --axis > 0; size *= x.size(axis))
+    if (x.size(axis) != 1 && x.stride(axis) != size) return false;
+  return x.dim() > 0 && x.size(0) == samples && size == elements && (samples <= 1 || x.stride(0) >= size);
+}
+
 // Sums the panels' partial results in their order, whoever computed them.
 template <class F> void add_panels(const PersampleConv& conv, F* dots, F* squares) {
   const int64_t K = conv.direction_count;
@@ -93,12 +101,11 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& b, const MaybeTens
   const int64_t panels = static_cast<int64_t>(plan.panels.size());
   STD_TORCH_CHECK(!directions || (directions->scalar_type() == wide && directions->numel() == K * g.outputs * columns),
                   "persample_conv: directions must be [K, O, C / groups, *kernel] in the accumulation type");
-  STD_TORCH_CHECK(!grads || (grads->scalar_type() == x.scalar_type() && grads->numel() == N * g.outputs * columns && grads->is_contiguous()),
-                  "persample_conv: grads must be [N, O, C / groups, *kernel], contiguous, of the inputs' dtype");
+  STD_TORCH_CHECK(!grads || (grads->scalar_type() == x.scalar_type() && is_samples_of(*grads, N, g.outputs * columns)),
+                  "persample_conv: out must be [N, O, C / groups, *kernel] of the inputs' dtype, each sample contiguous");
   const Tensor packed = torch::stable::new_empty(x, {K * plan.padded_rows * row_columns}, wide);
   const Tensor partials = torch::stable::new_empty(x, {N * panels * (K + 1)}, wide);
   const Tensor dots = torch::stable::new_empty(x, {N, K}, wide), squares = torch::stable::new_empty(x, {norms ? N : 0}, wide);
-  if (grads) prefer_huge_pages(grads->mutable_data_ptr(), grads->numel() * int64_t(grads->element_size()));
   const PersampleConv conv{images(x, input_offsets),
                            images(b, output_offsets),
                            plan.by_group,
@@ -121,6 +128,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& b, const MaybeTens
                            plan.padded_rows,
                            norms,
                            grads ? grads->mutable_data_ptr() : nullptr,
+                           grads ? grads->stride(0) : 0,
                            plan.by_group ? g.groups : g.outputs,
                            partials.mutable_data_ptr()};
   if (K > 0) {
@@ -149,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> persample_conv(const Tensor& inputs, const Te
   Sizes shape{inputs.size(0), g.outputs, g.channels / groups};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   const Tensor G = torch::stable::new_empty(inputs, grads ? shape : Sizes{0}, inputs.scalar_type());
+  prefer_huge_pages(G.mutable_data_ptr(), G.numel() * int64_t(G.element_size()));
   const auto [dots, squares] = run(inputs, output_grads, directions, g, norms, grads ? MaybeTensor(G) : MaybeTensor());
   return {G, dots, squares};
 }

@@ -36,7 +36,7 @@ void finish_panel(const PersampleConv& conv, int64_t sample, int64_t p, const F*
   const ConvPanel& shape = conv.panels[p];
   reduce_panel(conv, shape, panel, static_cast<F*>(conv.partials) + (sample * conv.panel_count + p) * (conv.direction_count + 1));
   if (conv.grads == nullptr) return;
-  T* rows = static_cast<T*>(conv.grads) + (sample * conv.rows + shape.first_row) * conv.row_columns;
+  T* rows = static_cast<T*>(conv.grads) + sample * conv.grads_stride + shape.first_row * conv.row_columns;
   transpose_back(panel, shape.width, shape.rows, conv.row_columns, rows);
 }
 

@@ -45,8 +45,8 @@ struct PersampleConv {
   const void* directions;          // F [K][padded rows][row_columns] in panels of [row_columns, width]
   int64_t direction_count, padded_rows;
   bool norms;
-  void* grads;      // [samples, rows, row_columns] of the images' type, or null
-  int64_t rows;
+  void* grads;      // [samples, rows, row_columns] of the images' type, samples grads_stride elements apart; or null
+  int64_t grads_stride, rows;
   void* partials;   // F [samples, panels, K + 1]: the panel's dots and squared norm
 };
 

@@ -4,7 +4,7 @@
 // Floor: inputs and output gradients read once. Two sums of each kind, so that additions do not wait for each other.
 #include "cpu/vector.h"
 
-#include "cpu/persample_norm_layers_rows.h"
+#include "cpu/persample_group_norm_rows.h"
 
 #include "cpu/for_type.h"
 

@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "cpu/level.h"
-#include "cpu/persample_norm_layers_rows.h"
+#include "cpu/persample_layer_norm_rows.h"
 #include "cpu/persample_tensors.h"
 
 namespace {

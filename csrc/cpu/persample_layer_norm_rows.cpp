@@ -5,7 +5,7 @@
 // cache, are loaded and stored once for eight vectors read.
 #include "cpu/vector.h"
 
-#include "cpu/persample_norm_layers_rows.h"
+#include "cpu/persample_layer_norm_rows.h"
 
 #include "cpu/for_type.h"
 

@@ -60,10 +60,10 @@ def persample_group_norm(inputs: Tensor, output_grads: Tensor, mean: Tensor, rst
     _check.is_like(OP, "output_grads", output_grads, inputs.shape, "inputs", inputs.device)
     if output_grads.dtype != inputs.dtype:
         raise TypeError(f"{OP}: output_grads has dtype {output_grads.dtype}, expected {inputs.dtype} as inputs")
-    _check.is_floating(OP, "mean", mean, "[N, groups]")
-    _check.is_floating(OP, "rstd", rstd, "[N, groups]")
+    _check.is_floating(OP, "mean", mean, "[...]")
+    _check.is_floating(OP, "rstd", rstd, "[...]")
     N, C = inputs.shape[:2]
-    if mean.dim() != 2 or mean.shape[0] != N or C % mean.shape[1] != 0:
+    if mean.dim() != 2 or mean.shape[0] != N or mean.shape[1] == 0 or C % mean.shape[1] != 0:
         raise ValueError(f"{OP}: mean has shape {tuple(mean.shape)}, expected [{N}, groups], groups a divisor of {C}")
     _check.is_like(OP, "mean", mean, mean.shape, "inputs", inputs.device)
     _check.is_like(OP, "rstd", rstd, mean.shape, "mean", inputs.device)

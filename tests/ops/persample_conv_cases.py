@@ -86,7 +86,9 @@ def wide(dtype):
 
 def expected_of(x, b, V, layer):
     """The definition in float64: G, dots, squared norms."""
-    return reference.persample_conv(x.double(), b.double(), None if V is None else V.double(), *layer.arguments, True, True)
+    return reference.persample_conv(
+        x.double(), b.double(), None if V is None else V.double(), *layer.arguments, True, True
+    )
 
 
 def assert_close(ours, expected, dtype):

@@ -53,7 +53,10 @@ def test_every_instruction_set_gives_the_same(level):
 
 @needs_kernels
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("kernel", ["row_divergence", "row_stats"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["row_divergence", "row_stats", "persample_conv", "persample_group_norm", "persample_layer_norm"],
+)
 def test_lesser_instruction_sets_pass_the_kernel_tests(level, kernel):
     """Every dtype, shape and option, as for the best one."""
     if torch.ops.kdaif_fast.cpu_level() == level:

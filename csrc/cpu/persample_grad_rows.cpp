@@ -1,0 +1,71 @@
+#include "cpu/vector.h"
+
+#include "cpu/persample_grad_rows.h"
+
+#include "cpu/for_type.h"
+#include "cpu/gradient_tiles.h"
+
+namespace kdaif::KDAIF_LEVEL {
+namespace {
+
+template <class F, class T> KDAIF_INLINE void put_tile(const F* tile, const Place& place, T* grad, int64_t stride) {
+  T* to = grad + place.row * stride + place.column;
+  if (place.is_whole()) {
+    for (int64_t m = 0; m < PANEL; ++m) {
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < PANEL; v += LANES<F>) store(load(tile + m * PANEL + v), to + m * stride + v);
+    }
+  } else {
+    for (int64_t m = 0; m < place.rows; ++m)
+      for_vectors<F>(place.columns, [&](int64_t v, auto part) __attribute__((always_inline)) {
+        part.put(load(tile + m * PANEL + v), to + m * stride + v);
+      });
+  }
+}
+
+template <class T> void grads_of(const PersampleGrad& g, int64_t begin, int64_t end) {
+  using F = typename Accumulate<T>::type;
+  const LinearLayer& layer = g.layer;
+  const int64_t I = layer.inputs.width, O = layer.output_grads.width;
+  GradientTiles<T> tiles(layer);
+  Scratch<F> buffer(1, PANEL * PANEL);
+  F* tile = buffer.row(0);
+  for (int64_t n = begin; n < end; ++n) {
+    T* grad = g.grads == nullptr ? nullptr : static_cast<T*>(g.grads) + n * g.sample_stride;
+    F* dots = static_cast<F*>(g.dots) + n * g.K;
+    for (int64_t k = 0; k < g.K; ++k) dots[k] = 0;
+    tiles.for_sample(n, [&](const F* left, const F* right, const Place& place) __attribute__((always_inline)) {
+      for_tile<F>(left, right, layer.T, [&](int64_t m, int64_t v, Vec<F> sums) __attribute__((always_inline)) {
+        store(sums, tile + m * PANEL + v * LANES<F>);
+      });
+      if (grad != nullptr) put_tile(tile, place, grad, I);
+      for (int64_t k = 0; k < g.K; ++k) dots[k] += tile_dot(tile, place, static_cast<const F*>(g.directions) + k * O * I, I);
+    });
+  }
+}
+
+// T = 1: b_o a for every o. The row a stays in L1; what is paid for is the writing.
+template <class T> void outer_products(const PersampleGrad& g, int64_t begin, int64_t end) {
+  using F = typename Accumulate<T>::type;
+  const int64_t I = g.layer.inputs.width, O = g.layer.output_grads.width;
+  for (int64_t n = begin; n < end; ++n) {
+    const T *a = g.layer.inputs.at<T>(n, 0), *b = g.layer.output_grads.at<T>(n, 0);
+    T* to = static_cast<T*>(g.grads) + n * g.sample_stride;
+    for (int64_t o = 0; o < O; ++o, to += I) {
+      const F factor = widen(b[o]);
+      for_vectors<F>(I, [&](int64_t v, auto part) __attribute__((always_inline)) { part.put(part.get(a + v, F(0)) * factor, to + v); });
+    }
+  }
+}
+
+}  // namespace
+
+void persample_grad_rows(const PersampleGrad& g, int64_t begin, int64_t end) {
+  for_type(g.layer.type, [&](auto element) { grads_of<decltype(element)>(g, begin, end); });
+}
+
+void outer_product_rows(const PersampleGrad& g, int64_t begin, int64_t end) {
+  for_type(g.layer.type, [&](auto element) { outer_products<decltype(element)>(g, begin, end); });
+}
+
+}  // namespace kdaif::KDAIF_LEVEL

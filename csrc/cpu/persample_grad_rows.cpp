@@ -45,18 +45,42 @@ template <class T> void grads_of(const PersampleGrad& g, int64_t begin, int64_t 
 }
 
 // T = 1: b_o a for every o. The row a stays in L1; what is paid for is the writing.
-template <class T> void outer_products(const PersampleGrad& g, int64_t begin, int64_t end) {
-  using F = typename Accumulate<T>::type;
+template <class T, class Write> KDAIF_INLINE void for_outer_rows(const PersampleGrad& g, int64_t begin, int64_t end, Write write) {
   const int64_t I = g.layer.inputs.width, O = g.layer.output_grads.width;
   for (int64_t n = begin; n < end; ++n) {
     const T *a = g.layer.inputs.at<T>(n, 0), *b = g.layer.output_grads.at<T>(n, 0);
     T* to = static_cast<T*>(g.grads) + n * g.sample_stride;
-    for (int64_t o = 0; o < O; ++o, to += I) {
-      const F factor = widen(b[o]);
-      for_vectors<F>(I, [&](int64_t v, auto part) __attribute__((always_inline)) { part.put(part.get(a + v, F(0)) * factor, to + v); });
-    }
+    for (int64_t o = 0; o < O; ++o) write(a, widen(b[o]), to + o * I);
   }
 }
+
+template <class T> void outer_products(const PersampleGrad& g, int64_t begin, int64_t end) {
+  using F = typename Accumulate<T>::type;
+  const int64_t I = g.layer.inputs.width;
+  for_outer_rows<T>(g, begin, end, [&](const T* a, F b, T* to) __attribute__((always_inline)) {
+    for_vectors<F>(I, [&](int64_t i, auto part) __attribute__((always_inline)) { part.put(part.get(a + i, F(0)) * b, to + i); });
+  });
+}
+
+#if defined(__AVX512F__)
+// Past the caches, which would read every line before they write it. `true` if that pays and can be done: more than the
+// caches hold, and whole lines only.
+template <class F> KDAIF_INLINE bool streams(const PersampleGrad& g) {
+  const int64_t I = g.layer.inputs.width, bytes = g.layer.N * g.layer.output_grads.width * I * int64_t(sizeof(F));
+  const bool whole = I % LANES<F> == 0 && g.sample_stride % LANES<F> == 0 && reinterpret_cast<uintptr_t>(g.grads) % 64 == 0;
+  return whole && bytes > (int64_t{32} << 20);
+}
+template <class F> void stream_outer_products(const PersampleGrad& g, int64_t begin, int64_t end) {
+  const int64_t I = g.layer.inputs.width;
+  for_outer_rows<F>(g, begin, end, [&](const F* a, F b, F* to) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < I; i += LANES<F>) {
+      const Vec<F> x = load(a + i) * b;
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), (__m512i)x);
+    }
+  });
+  _mm_sfence();  // such stores are seen in no order by other threads otherwise
+}
+#endif
 
 }  // namespace
 
@@ -65,7 +89,14 @@ void persample_grad_rows(const PersampleGrad& g, int64_t begin, int64_t end) {
 }
 
 void outer_product_rows(const PersampleGrad& g, int64_t begin, int64_t end) {
-  for_type(g.layer.type, [&](auto element) { outer_products<decltype(element)>(g, begin, end); });
+  for_type(g.layer.type, [&](auto element) {
+    using T = decltype(element);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, typename Accumulate<T>::type>)
+      if (streams<T>(g)) return stream_outer_products<T>(g, begin, end);
+#endif
+    outer_products<T>(g, begin, end);
+  });
 }
 
 }  // namespace kdaif::KDAIF_LEVEL

@@ -130,6 +130,8 @@ def _write(
         grads, dots = persample_grad(inputs, output_grads, directions=directions)
         return out.copy_(grads), dots
     dots = _persample_grad_into(inputs, output_grads, directions, out)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # the op is below autograd, which would not notice otherwise
     return out if directions is None else (out, dots)
 
 

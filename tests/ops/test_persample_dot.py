@@ -43,7 +43,7 @@ def test_against_each_sample(shape, K, dtype):
     check(*layer(*shape, dtype), directions_of(K, shape, dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     N=st.integers(0, 20),
     T=st.integers(0, 80),

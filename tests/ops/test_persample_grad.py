@@ -66,7 +66,7 @@ class TestAgainstEachSample:
         check_dots(inputs, output_grads, directions, dots)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     N=st.integers(0, 6),
     T=st.integers(0, 40),
@@ -133,6 +133,11 @@ class TestOut:
         persample_grad(torch.ones(2, T, 4), torch.ones(2, T, 3), out)
         assert out._version > before
 
+    def test_in_inference_mode(self, T):
+        with torch.inference_mode():
+            out = persample_grad(torch.ones(2, T, 4), torch.ones(2, T, 3), torch.empty(2, 3, 4))
+        assert (out == T).all()
+
 
 @pytest.mark.parametrize("T", [1, 6])
 def test_against_autograd(T):
@@ -147,6 +152,16 @@ def test_dots_are_of_unrounded_gradients(T):
     directions = torch.randn(2, 50, 40)
     dots = persample_grad(inputs, output_grads, directions=directions)[1]
     torch.testing.assert_close(dots, persample_dot(inputs, output_grads, directions), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("I", [64, 65])
+def test_results_beyond_the_caches(I):  # noqa: E741
+    """Written past them where lines are whole; and a buffer whose lines are not is written as ever."""
+    inputs, output_grads = layer(20, 1, I, 9000, torch.float32)
+    expected = torch.bmm(output_grads.mT, inputs)
+    assert torch.equal(persample_grad(inputs, output_grads), expected)
+    memory = torch.full((expected.numel() + 1,), torch.nan)
+    assert torch.equal(persample_grad(inputs, output_grads, memory[1:].view(expected.shape)), expected)
 
 
 @pytest.mark.slow

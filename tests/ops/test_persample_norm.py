@@ -36,7 +36,7 @@ def test_against_each_sample(shape, dtype):
     check(*layer(*shape, dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     N=st.integers(0, 6),
     T=st.integers(0, 80),

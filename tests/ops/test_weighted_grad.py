@@ -35,7 +35,7 @@ def test_against_each_sample(shape, dtype):
     check(*layer(*shape, dtype), torch.randn(shape[0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     N=st.integers(0, 40),
     T=st.integers(0, 30),

@@ -11,12 +11,13 @@
 //
 // Measured against aten::convolution_backward for the weight alone, which gives the batch's sum only (oneDNN, torch 2.13,
 // Zen 4, one thread, medians of interleaved CPU times in one process on a machine that others used too; float32, k x k
-// kernels): time with one direction and no G / with G written to a given buffer, as a multiple of the batch's.
-//   [64, 3, 32, 32] -> 32, 3 x 3     0.91 / 0.81      [64, 32, 16, 16] -> 64, 3 x 3    0.94 / 0.99
-//   [64, 64, 8, 8] -> 128, 3 x 3     1.06 / 1.22      [32, 16, 32, 32] -> 16, 3 x 3    0.75 / 0.74
-//   [32, 16, 32, 32] -> 32, stride 2 0.77 / 0.75      [32, 64, 8, 8] -> 64, 3 x 3      0.97 / 1.10
-//   [32, 16, 32, 32] -> 32, 1 x 1, stride 2  0.39 / 0.29   [8, 256, 28, 28] -> 64, 1 x 1  0.99 / 1.00
-//   [16, 64, 32, 32], depthwise 3 x 3  0.49 / 0.39
+// kernels): time with one direction and no G / with G written to a given buffer, as a multiple of the batch's; ranges are
+// of two runs.
+//   [64, 3, 32, 32] -> 32, 3 x 3      0.91-1.01 / 0.81-0.95    [64, 32, 16, 16] -> 64, 3 x 3  0.94 / 0.99
+//   [64, 64, 8, 8] -> 128, 3 x 3      1.06 / 1.22-1.25         [32, 16, 32, 32] -> 16, 3 x 3  0.75 / 0.73
+//   [32, 16, 32, 32] -> 32, stride 2  0.77 / 0.76              [32, 64, 8, 8] -> 64, 3 x 3    0.88-0.97 / 1.00-1.10
+//   [32, 16, 32, 32] -> 32, 1 x 1, stride 2  0.39-0.47 / 0.29-0.35
+//   [8, 256, 28, 28] -> 64, 1 x 1  0.99 / 1.00                 [16, 64, 32, 32], depthwise 3 x 3  0.49 / 0.39
 // The dense ones of 32 channels or more ran at 40-47 G multiply-adds a second. Small images pay for transposing and
 // writing G, which the batch's sum does not have.
 #include "cpu/vector.h"

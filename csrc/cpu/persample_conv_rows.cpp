@@ -18,8 +18,8 @@
 //   [32, 16, 32, 32] -> 32, stride 2  0.77 / 0.76              [32, 64, 8, 8] -> 64, 3 x 3    0.88-0.97 / 1.00-1.10
 //   [32, 16, 32, 32] -> 32, 1 x 1, stride 2  0.39-0.47 / 0.29-0.35
 //   [8, 256, 28, 28] -> 64, 1 x 1  0.99 / 1.00                 [16, 64, 32, 32], depthwise 3 x 3  0.49 / 0.39
-// The dense ones of 32 channels or more ran at 40-47 G multiply-adds a second. Small images pay for transposing and
-// writing G, which the batch's sum does not have.
+// The 3 x 3 ones of 32 and 64 channels ran at 35-48 G multiply-adds a second, as the others' load varied. Small images pay
+// for transposing and writing G, which the batch's sum does not have.
 #include "cpu/vector.h"
 
 #include "cpu/persample_conv_panels.h"

@@ -1,5 +1,9 @@
 // persample_dot by positions, b^T V a, for few positions a sample: the product Z = a V^T is formed in tiles, and each is
 // multiplied by b and summed while it is in registers. Since that is linear, even the depth may be cut.
+//
+// Floor: K N T O I multiply-adds. Against (product, product with multiply and sum) by MKL and torch, float32:
+//   [256, 1, 784 -> 512] K = 1: 0.96 and 0.85, K = 4: 0.90 and 0.89   [256, 1, 512 -> 10] K = 1: 0.79 and 0.71
+//   [8, 1, 784 -> 512] K = 1: 1.6 and 1.4: half of each tile is empty, and packing V costs as much as the products
 #include "cpu/vector.h"
 
 #include "cpu/persample_dot_rows.h"

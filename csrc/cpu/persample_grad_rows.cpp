@@ -1,3 +1,11 @@
+// persample_grad over samples, and persample_dot where gradients are the cheaper way; compiled once per instruction set, as
+// row_stats_rows.cpp.
+//
+// Floor: N T O I multiply-adds and N O I elements written, which is all for T = 1. float32, into memory that is there:
+//   T = 1, against filling it with a constant, and torch.mul(out=): [256, 784 -> 512] 0.88 and 0.73, [256, 512 -> 512] 0.90
+//   and 0.76. Into fresh memory 4.1 and 5.2 times as fast as torch.bmm, which gets it in pages of 4 KiB.
+//   N = 32, T = 64, against torch.bmm(out=): 256 -> 768 0.79   256 -> 1024 0.77   1024 -> 256 0.75; with the dots of one
+//   direction 0.97, 1.07, 0.96. Dots alone, against the layer's weight gradient: K = 1 0.95 to 1.03, K = 4 1.3 to 1.5.
 #include "cpu/vector.h"
 
 #include "cpu/persample_grad_rows.h"

@@ -1,3 +1,9 @@
+// persample_norm over samples; compiled once per instruction set, as row_stats_rows.cpp.
+//
+// Floor of T = 1: one pass over a and b; otherwise T (T + 16) (I + O) / 2 multiply-adds by Gram matrices, T I O by the
+// gradient. Both run at the same speed, so that operations decide. In units of the layer's weight gradient by MKL, float32,
+// N = 32, T = 64: 256 -> 256 0.44   256 -> 768 0.26   256 -> 1024 0.24   1024 -> 256 0.24; 0.25 for those four and
+// 256 -> 1000 together, where torch.bmm of whole Gram matrices takes 0.42.
 #include "cpu/vector.h"
 
 #include "cpu/persample_norm_rows.h"

@@ -47,13 +47,15 @@ template <class T> void grads_of(const PersampleGrad& g, int64_t begin, int64_t 
         store(sums, tile + m * PANEL + v * LANES<F>);
       });
       if (grad != nullptr) put_tile(tile, place, grad, I);
-      for (int64_t k = 0; k < g.K; ++k) dots[k] += tile_dot(tile, place, static_cast<const F*>(g.directions) + k * O * I, I);
+      for (int64_t k = 0; k < g.K; ++k)
+        dots[k] += tile_dot(tile, place, static_cast<const F*>(g.directions) + k * O * I, I);
     });
   }
 }
 
 // T = 1: b_o a for every o. The row a stays in L1; what is paid for is the writing.
-template <class T, class Write> KDAIF_INLINE void for_outer_rows(const PersampleGrad& g, int64_t begin, int64_t end, Write write) {
+template <class T, class Write>
+KDAIF_INLINE void for_outer_rows(const PersampleGrad& g, int64_t begin, int64_t end, Write write) {
   const int64_t I = g.layer.inputs.width, O = g.layer.output_grads.width;
   for (int64_t n = begin; n < end; ++n) {
     const T *a = g.layer.inputs.at<T>(n, 0), *b = g.layer.output_grads.at<T>(n, 0);

@@ -72,7 +72,8 @@ void weighted_grad_panels(const WeightedGrad& w, int64_t begin, int64_t end) {
                         std::min(PANEL, height - p), depth, lefts.row(p / PANEL));
       for (int64_t i = begin * PANEL; i < std::min(I, end * PANEL); i += PANEL) {
         const int64_t columns = std::min(PANEL, I - i);
-        pack_columns<F>([&](int64_t k) __attribute__((always_inline)) { return block.inputs[k] + i; }, columns, depth, right.row(0));
+        pack_columns<F>([&](int64_t k) __attribute__((always_inline)) { return block.inputs[k] + i; }, columns, depth,
+                        right.row(0));
         for (int64_t p = 0; p < height; p += PANEL)
           add_tile<F>(lefts.row(p / PANEL), right.row(0), depth, first == 0, std::min(PANEL, height - p), columns, I,
                       static_cast<F*>(w.sums) + (o + p) * I + i);

@@ -12,6 +12,7 @@ _persample_dot = define(
     "persample_dot(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor",
     fake=reference.persample_dot,
     reference=reference.persample_dot,
+    triton="persample_dot",
 )
 
 

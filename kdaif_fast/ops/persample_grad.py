@@ -12,6 +12,7 @@ _persample_grad = define(
     "persample_grad(Tensor inputs, Tensor output_grads) -> Tensor",
     fake=reference.persample_grad,
     reference=reference.persample_grad,
+    triton="persample_grad",
 )
 
 

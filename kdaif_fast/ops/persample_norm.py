@@ -12,6 +12,7 @@ _persample_norm = define(
     "persample_norm(Tensor inputs, Tensor output_grads) -> Tensor",
     fake=reference.persample_norm,
     reference=reference.persample_norm,
+    triton="persample_norm",
 )
 
 

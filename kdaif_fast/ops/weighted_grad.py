@@ -12,6 +12,7 @@ _weighted_grad = define(
     "weighted_grad(Tensor inputs, Tensor output_grads, Tensor weights) -> Tensor",
     fake=reference.weighted_grad,
     reference=reference.weighted_grad,
+    triton="weighted_grad",
 )
 
 

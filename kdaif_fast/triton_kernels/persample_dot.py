@@ -138,7 +138,7 @@ def persample_dot(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> T
         (K, parts.over_outputs * parts.over_features, N, T), dtype=torch.float32, device=inputs.device
     )
     product = product_of(inputs, directions)
-    blocks = candidates(positions, parts.rows, parts.columns, product.in_full)
+    blocks = candidates(positions, parts.rows, parts.columns, product)
     kernel = tuned(_persample_dot_kernel, blocks, ("features", "outputs", "PRECISION"))
     samples_of_tile = min(N, triton.cdiv(max(b.rows for b in blocks), T) + 1)
     extents = [extent(inputs, samples_of_tile), extent(output_grads, samples_of_tile), extent(directions, 0)]

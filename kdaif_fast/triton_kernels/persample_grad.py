@@ -139,7 +139,7 @@ def persample_grad(inputs: Tensor, output_grads: Tensor) -> Tensor:
     product = product_of(inputs, output_grads)
     kernel = tuned(
         _persample_grad_kernel,
-        candidates(outputs, features, T, product.in_full),
+        candidates(outputs, features, T, product),
         ("T", "features", "outputs", "PRECISION"),
     )
     with on_device_of(inputs):

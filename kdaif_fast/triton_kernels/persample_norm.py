@@ -18,19 +18,17 @@ from torch import Tensor
 
 from .persample_tiles import (
     Product,
-    block_for,
-    candidates_of_sides,
     extent,
     gradient_tile,
     index_type,
-    interpreted,
     on_device_of,
     product_of,
+    square_candidates,
+    square_side,
     tuned,
 )
 
 GRAM_BLOCK = 64  # positions on a side of a tile of the Gram matrices
-GRADIENT_BLOCK = 64  # features on a side of a tile of G
 
 
 @triton.jit
@@ -212,10 +210,10 @@ def _of_one_position(inputs: Tensor, output_grads: Tensor) -> Tensor:
 def _by_gram(inputs: Tensor, output_grads: Tensor, product: Product) -> Tensor:
     N, T, features = inputs.shape
     outputs = output_grads.shape[2]
-    block = block_for(T, 32 if interpreted() else GRAM_BLOCK)
+    block = square_side(T, product)
     tiles = gram_tiles(T, block)
     partial = torch.empty((N, tiles), dtype=torch.float32, device=inputs.device)
-    blocks = candidates_of_sides(block, block, max(features, outputs), product.in_full)
+    blocks = square_candidates(block, max(features, outputs), product)
     kernel = tuned(_gram_kernel, blocks, ("T", "features", "outputs", "PRECISION"))
     with on_device_of(inputs):
         kernel[(N * tiles,)](
@@ -238,8 +236,9 @@ def _by_gram(inputs: Tensor, output_grads: Tensor, product: Product) -> Tensor:
 def _by_gradient(inputs: Tensor, output_grads: Tensor, product: Product) -> Tensor:
     N, T, features = inputs.shape
     outputs = output_grads.shape[2]
-    blocks = candidates_of_sides(min(outputs, GRADIENT_BLOCK), min(features, GRADIENT_BLOCK), T, product.in_full)
-    tiles = triton.cdiv(outputs, blocks[0].rows) * triton.cdiv(features, blocks[0].columns)
+    side = square_side(max(outputs, features), product)
+    blocks = square_candidates(side, T, product)
+    tiles = triton.cdiv(outputs, side) * triton.cdiv(features, side)
     partial = torch.empty((N, tiles), dtype=torch.float32, device=inputs.device)
     kernel = tuned(_gradient_kernel, blocks, ("T", "features", "outputs", "PRECISION"))
     with on_device_of(inputs):

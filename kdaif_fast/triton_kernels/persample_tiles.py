@@ -31,9 +31,12 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Fused multiply-adds read their operands from registers, so that a thread has 32 sums at most and loads 16 deep.
-IN_FULL = (Blocks(64, 64, 16, 4, 2), Blocks(64, 32, 32, 4, 2), Blocks(128, 64, 16, 8, 2))
-ON_TENSOR_CORES = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 4, 3), Blocks(128, 128, 32, 8, 3))
+# None of these spills on sm_80 and sm_90 (tests/triton_kernels). Where nothing says that elements can be loaded several
+# at a time, each needs an offset and a mask of its own, and tiles are smaller.
+IN_FULL = (Blocks(64, 64, 16, 4, 2), Blocks(128, 64, 16, 8, 2))
+TF32 = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
+NARROW = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3), Blocks(128, 128, 32, 8, 3))
+ONE_BY_ONE = (Blocks(32, 32, 32, 4, 2),)
 INTERPRETED = (Blocks(32, 32, 32, 4, 1),)  # a program costs milliseconds, however small
 
 
@@ -48,15 +51,20 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 class Product(NamedTuple):
-    """How tl.dot multiplies: elements widened to float32 or as they are, and how float32 is."""
+    """How tl.dot multiplies: elements widened to float32 or as they are, how float32 is, and how they are loaded."""
 
     wide: bool
     precision: str
+    vectors: bool = True
 
     @property
-    def in_full(self) -> bool:
-        """No tensor core multiplies float32 in full."""
-        return self.wide and self.precision == "ieee"
+    def blocks(self) -> tuple[Blocks, ...]:
+        """All configurations to choose from."""
+        if interpreted():
+            return INTERPRETED
+        if not self.vectors:
+            return ONE_BY_ONE
+        return NARROW if not self.wide else TF32 if self.precision == "tf32" else IN_FULL
 
 
 def product_of(*operands: Tensor) -> Product:
@@ -65,7 +73,15 @@ def product_of(*operands: Tensor) -> Product:
     wide = len(dtypes) > 1 or torch.float32 in dtypes
     allows_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     # The interpreter cannot multiply bfloat16, and rounds as nobody does; float32 holds every product exactly.
-    return Product(wide or interpreted(), "tf32" if allows_tf32 and wide else "ieee")
+    return Product(
+        wide or interpreted(), "tf32" if allows_tf32 and wide else "ieee", all(map(loads_in_vectors, operands))
+    )
+
+
+def loads_in_vectors(x: Tensor) -> bool:
+    """Whether neighbours lie side by side along one dimension, and the other strides are multiples of 16."""
+    strides = [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+    return 1 in strides and all(s == 1 or s % 16 == 0 for s in strides) and x.data_ptr() % 16 == 0
 
 
 def extent(x: Tensor, samples: int) -> int:
@@ -78,22 +94,26 @@ def index_type(*extents: int) -> Any:
     return tl.int32 if max(extents) < 2**31 - 2**24 else tl.int64  # a block reaches past an end, masked
 
 
-def candidates(rows: int, columns: int, depth: int, in_full: bool) -> tuple[Blocks, ...]:
+def candidates(rows: int, columns: int, depth: int, product: Product) -> tuple[Blocks, ...]:
     """Configurations to choose from for tiles of [rows, columns] summed over `depth`, none of them twice."""
-    chosen = INTERPRETED if interpreted() else IN_FULL if in_full else ON_TENSOR_CORES
     fitting: dict[tuple[int, int, int], Blocks] = {}
-    for blocks in chosen:
-        sides = block_for(rows, blocks.rows), block_for(columns, blocks.columns), block_for(depth, blocks.depth)
-        warps = max(min(blocks.warps, sides[0] * sides[1] // 1024), 1)
-        fitting.setdefault(sides, Blocks(*sides, warps, blocks.stages))
+    for blocks in product.blocks:
+        r, c, d = block_for(rows, blocks.rows), block_for(columns, blocks.columns), block_for(depth, blocks.depth)
+        warps = max(min(blocks.warps, max(r * c, r * d, c * d) // 256), 1)
+        fitting.setdefault((r, c, d), Blocks(r, c, d, warps, blocks.stages))
     return tuple(fitting.values())
 
 
-def candidates_of_sides(rows: int, columns: int, depth: int, in_full: bool) -> tuple[Blocks, ...]:
-    """The same where all must have tiles of one size, because each tile leaves a number in a place of its own."""
-    first = candidates(rows, columns, depth, in_full)[0]
-    deeper = first._replace(depth=block_for(depth, 2 * first.depth), stages=2)
-    return (first,) if interpreted() or deeper.depth == first.depth else (first, deeper)
+def square_candidates(side: int, depth: int, product: Product) -> tuple[Blocks, ...]:
+    """The same for tiles of one size, each of which leaves a number in a place of its own."""
+    chosen = candidates(side, side, depth, product)
+    square = tuple(blocks for blocks in chosen if blocks.rows == blocks.columns == side)
+    return square
+
+
+def square_side(size: int, product: Product) -> int:
+    """The side of such a tile over `size` rows or columns."""
+    return block_for(size, product.blocks[0].rows)
 
 
 def block_for(size: int, widest: int) -> int:

@@ -102,7 +102,11 @@ def parts_of_positions(positions: int, outputs: int, features: int, elements: in
 def product_of_weighted(inputs: Tensor, output_grads: Tensor) -> Product:
     """As product_of, but for float16, whose range w b may leave."""
     product = product_of(inputs, output_grads)
-    return Product(True, "tf32") if inputs.dtype == output_grads.dtype == torch.float16 else product
+    return (
+        product._replace(wide=True, precision="tf32")
+        if inputs.dtype == output_grads.dtype == torch.float16
+        else product
+    )
 
 
 def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tens
     dtype = inputs.dtype if parts.number == 1 else torch.float32
     sums = torch.empty((parts.number, outputs, features), dtype=dtype, device=inputs.device)
     product = product_of_weighted(inputs, output_grads)
-    blocks = candidates(outputs, features, parts.positions, product.in_full)
+    blocks = candidates(outputs, features, parts.positions, product)
     kernel = tuned(_weighted_grad_kernel, blocks, ("features", "outputs", "PRECISION"))
     samples_of_part = min(N, triton.cdiv(parts.positions, T) + 1)
     extents = [extent(x, samples_of_part) for x in (inputs, output_grads, weights)]

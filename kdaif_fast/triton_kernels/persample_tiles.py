@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100; more than that for smaller GPUs
+MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
 NARROWEST = 16  # of a side of a product that tensor cores form
 
 
@@ -29,11 +30,12 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread at most; None: as many as the assembler thinks right
 
 
 # None of these spills on sm_80 and sm_90 (tests/triton_kernels). Where nothing says that elements can be loaded several
 # at a time, each needs an offset and a mask of its own, and tiles are smaller.
-IN_FULL = (Blocks(64, 64, 16, 4, 2), Blocks(128, 64, 16, 8, 2))
+IN_FULL = (Blocks(64, 64, 16, 4, 2, MOST_REGISTERS), Blocks(128, 64, 16, 8, 2, MOST_REGISTERS))
 TF32 = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
 NARROW = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3), Blocks(128, 128, 32, 8, 3))
 ONE_BY_ONE = (Blocks(32, 32, 32, 4, 2),)
@@ -100,7 +102,7 @@ def candidates(rows: int, columns: int, depth: int, product: Product) -> tuple[B
     for blocks in product.blocks:
         r, c, d = block_for(rows, blocks.rows), block_for(columns, blocks.columns), block_for(depth, blocks.depth)
         warps = max(min(blocks.warps, max(r * c, r * d, c * d) // 256), 1)
-        fitting.setdefault((r, c, d), Blocks(r, c, d, warps, blocks.stages))
+        fitting.setdefault((r, c, d), Blocks(r, c, d, warps, blocks.stages, blocks.registers))
     return tuple(fitting.values())
 
 

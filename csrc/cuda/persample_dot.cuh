@@ -36,7 +36,7 @@ template <class T, class F>
 struct PersampleDotArguments {
   Strided<T> inputs;         // [N, T, I]
   Strided<T> output_grads;   // [N, T, O]
-  Strided<T> directions;     // [K, O, I]
+  Strided<F> directions;     // [K, O, I], in what sums are formed in
   F* partial;                // [K, parts, N T]
   F* dots;                   // [N, K]
   int64_t N, positions_each, I, O, K;
@@ -50,6 +50,12 @@ inline int64_t dot_part(int64_t positions, int64_t O, int64_t K) {
   const int64_t blocks = (positions + DOT_ROWS - 1) / DOT_ROWS * K, tiles = (O + DOT_COLUMNS - 1) / DOT_COLUMNS;
   const int64_t wanted = (enough + blocks - 1) / blocks, parts = wanted < tiles ? wanted : tiles;
   return (tiles + parts - 1) / parts * DOT_COLUMNS;
+}
+// Whether to store A V^T, formed by the vendor's library, rather than to multiply here. An estimate, not yet measured: the
+// library multiplies about twice as fast, as this kernel waits for shared memory (8 loads for 16 multiply-adds), but writes
+// and reads back a product of 4 bytes for I multiply-adds. And the product has to fit: at most 1 GiB of float32.
+inline bool vendor_multiplies(int64_t positions, int64_t I, int64_t O, int64_t K) {
+  return I > 64 && positions <= (int64_t{1} << 28) / (O * K);
 }
 inline unsigned dot_grid(int64_t wanted) { return static_cast<unsigned>(wanted < 0x7fffffff ? wanted : 0x7fffffff); }
 
@@ -67,7 +73,8 @@ __device__ __forceinline__ void product_tile(const PersampleDotArguments<T, F>& 
   for (int r = 0; r < DOT_OWN; ++r)
     for (int c = 0; c < DOT_OWN; ++c) sums[r][c] = 0;
   // Neighbouring threads load neighbouring inputs, always of the same rows.
-  const T *a_rows[DOT_OWN], *v_rows[DOT_OWN];
+  const T* a_rows[DOT_OWN];
+  const F* v_rows[DOT_OWN];
   for (int r = 0; r < DOT_OWN; ++r) {
     const int64_t row = first_row + r * DOT_SIDE + y, o = first_o + r * DOT_SIDE + y;
     a_rows[r] = row < g.N * g.positions_each ? g.inputs.row(row / g.positions_each, row % g.positions_each) : nullptr;
@@ -76,8 +83,8 @@ __device__ __forceinline__ void product_tile(const PersampleDotArguments<T, F>& 
   for (int64_t first_i = 0; first_i < g.I; first_i += DOT_DEPTH) {
     const int64_t i = first_i + x;
     for (int r = 0; r < DOT_OWN; ++r) {
-      memory.a[x][r * DOT_SIDE + y] = a_rows[r] != nullptr && i < g.I ? F(widen(a_rows[r][i * g.inputs.inner])) : F(0);
-      memory.v[x][r * DOT_SIDE + y] = v_rows[r] != nullptr && i < g.I ? F(widen(v_rows[r][i * g.directions.inner])) : F(0);
+      memory.a[x][r * DOT_SIDE + y] = a_rows[r] != nullptr && i < g.I ? widen(a_rows[r][i * g.inputs.inner]) : F(0);
+      memory.v[x][r * DOT_SIDE + y] = v_rows[r] != nullptr && i < g.I ? v_rows[r][i * g.directions.inner] : F(0);
     }
     __syncthreads();
 #pragma unroll
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(DOT_THREADS) persample_dot_kernel(const Persam
         const T* b = g.output_grads.row(row / g.positions_each, row % g.positions_each);
         for (int c = 0; c < DOT_OWN; ++c) {
           const int64_t o = first_o + c * DOT_SIDE + x;
-          if (o < part_end) totals[r] += sums[r][c] * F(widen(b[o * g.output_grads.inner]));
+          if (o < part_end) totals[r] += sums[r][c] * widen(b[o * g.output_grads.inner]);
         }
       }
     }

@@ -13,6 +13,7 @@ _persample_dot = define(
     fake=reference.persample_dot,
     reference=reference.persample_dot,
     triton="persample_dot",
+    triton_first=True,
 )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100; more than that for smaller GPUs
 MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
+MOST_REGISTERS = 192  # where the assembler left to itself would spill a little to have more threads at once
 NARROWEST = 16  # of a side of a product that tensor cores form
 
 
@@ -127,7 +128,12 @@ def block_for(size: int, widest: int) -> int:
 def tuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
     """The kernel in the fastest of its configurations, found out once for each dtype and value of the keys."""
     configurations = [
-        triton.Config({"ROWS": b.rows, "COLUMNS": b.columns, "DEPTH": b.depth}, num_warps=b.warps, num_stages=b.stages)
+        triton.Config(
+            {"ROWS": b.rows, "COLUMNS": b.columns, "DEPTH": b.depth},
+            num_warps=b.warps,
+            num_stages=b.stages,
+            maxnreg=b.registers,
+        )
         for b in blocks
     ]
     return triton.autotune(configurations, key=list(key))(kernel)

@@ -27,7 +27,7 @@ void run(int order, unsigned most_blocks, const Call& c) {
   using F = typename kdaif::Accumulate<T>::type;
   const kdaif::PersampleDotArguments<T, F> arguments{
       strided<T>(c.inputs, c.input_strides), strided<T>(c.output_grads, c.output_strides),
-      strided<T>(c.directions, c.direction_strides), static_cast<F*>(c.partial), static_cast<F*>(c.dots),
+      strided<F>(c.directions, c.direction_strides), static_cast<F*>(c.partial), static_cast<F*>(c.dots),
       c.N, c.T, c.I, c.O, c.K, c.part, c.parts};
   simt::launch(most_blocks, kdaif::DOT_THREADS, simt::Order(order), [&] { kdaif::persample_dot_kernel<T, F>(arguments); });
   simt::launch(most_blocks, kdaif::SUM_THREADS, simt::Order(order), [&] { kdaif::sum_of_sample_kernel<T, F>(arguments); });
@@ -36,6 +36,10 @@ void run(int order, unsigned most_blocks, const Call& c) {
 }  // namespace
 
 extern "C" int64_t part_of(int64_t positions, int64_t O, int64_t K) { return kdaif::dot_part(positions, O, K); }
+
+extern "C" bool vendor_multiplies(int64_t positions, int64_t I, int64_t O, int64_t K) {
+  return kdaif::vendor_multiplies(positions, I, O, K);
+}
 
 extern "C" void persample_dot(int type, int order, unsigned most_blocks, const Call* call) {
   if (type == 0) run<float>(order, most_blocks, *call);

@@ -42,6 +42,8 @@ def driver(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     loaded.part_of.restype = c_int64
     loaded.part_of.argtypes = [c_int64] * 3
+    loaded.vendor_multiplies.restype = ctypes.c_bool
+    loaded.vendor_multiplies.argtypes = [c_int64] * 4
     return loaded
 
 
@@ -49,6 +51,7 @@ def run(driver, order, a, b, v, part=64, most_blocks=5):
     (N, T, features), (K, outputs, _) = a.shape, v.shape
     wide = torch.promote_types(a.dtype, torch.float32)
     parts = -(-outputs // part)
+    v = v.to(wide)
     partial = torch.full((K, parts, N, T), torch.nan, dtype=wide)
     dots = torch.full((N, K), torch.nan, dtype=wide)
     strides = [(c_int64 * 3)(*x.stride()) for x in (a, b, v)]
@@ -79,6 +82,14 @@ def test_parts_are_whole_tiles_and_enough(driver):
     assert driver.part_of(10**6, 300, 1) == 320  # many positions: no parts
     assert driver.part_of(64, 10**5, 1) == 384  # 261 blocks
     assert driver.part_of(64, 64, 1) == driver.part_of(1, 1, 1) == 64
+
+
+def test_the_vendor_multiplies_where_there_is_much_to_multiply_and_room_to_store(driver):
+    assert driver.vendor_multiplies(256, 784, 512, 1)
+    assert not driver.vendor_multiplies(256, 64, 512, 1)  # few features
+    assert driver.vendor_multiplies(2**19, 784, 512, 1)
+    assert not driver.vendor_multiplies(2**19 + 1, 784, 512, 1)  # more than 1 GiB
+    assert not driver.vendor_multiplies(2**17, 784, 512, 8)
 
 
 def test_strides_and_broadcasts(driver):

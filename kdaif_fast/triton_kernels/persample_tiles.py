@@ -19,7 +19,6 @@ from torch import Tensor
 
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100; more than that for smaller GPUs
 MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
-MOST_REGISTERS = 192  # where the assembler left to itself would spill a little to have more threads at once
 NARROWEST = 16  # of a side of a product that tensor cores form
 
 

@@ -16,6 +16,7 @@ Terms = list[tuple[Path, Term]]
 
 def deliver(terms: Terms, weights: Tensor) -> None:
     """Add sum_i w_i G_i of every term to its parameters' `.grad`. Empties the list: memory is freed on the way."""
+    terms.reverse()  # in the order they came: the last layers' inputs and output gradients are freed first
     to_leaves: dict[Tensor, Terms] = {}
     edges: list[GradientEdge] = []
     grads: list[Tensor] = []

@@ -132,8 +132,11 @@ def _plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def require_independent_samples(model: nn.Module) -> None:
-    """Raise ValueError if a layer mixes the samples of a batch or draws at random: influence has no meaning then."""
+def require_no_batch_statistics(model: nn.Module) -> None:
+    """Raise ValueError if a layer normalises by the statistics of the batch: no sample has a gradient of its own then.
+
+    The statistics of a sample (InstanceNorm) are no matter.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.training:
@@ -147,6 +150,12 @@ def require_independent_samples(model: nn.Module) -> None:
                     f"module {name!r} ({type(module).__name__}) has no running statistics and normalises by those of "
                     "the batch, so that no sample has a loss of its own. Use GroupNorm or LayerNorm"
                 )
+
+
+def require_independent_samples(model: nn.Module) -> None:
+    """Raise ValueError if a layer mixes the samples of a batch or draws at random: influence has no meaning then."""
+    require_no_batch_statistics(model)
+    for name, module in model.named_modules():
         drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         inner = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
         if module.training and (drops or inner):
@@ -163,8 +172,14 @@ _SWITCHES = threading.RLock()
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Within it, layers run on kernels that have second derivatives: fused, recurrent and compiled ones have none."""
+    with transparent(model), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
+def transparent(model: nn.Module) -> Iterator[None]:
+    """Within it, recurrent and compiled layers run as the small steps that they are made of, not as one kernel."""
     with _SWITCHES, contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             # Not torch.backends.mkldnn.flags, which warns about settings that it touches on the way.
@@ -181,11 +196,11 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
     Buffers are left as they are: layers that update theirs in training mode update copies.
     """
     states = _random_states(model)
-    outputs = _call(model, inputs, name)
+    outputs = _tensor_of(call_model(model, inputs, name))
     if any(not torch.equal(a, b) for a, b in zip(states, _random_states(model), strict=True)):
         # Somebody drew random numbers: another thread, a model that does not use them, or one that does.
         with torch.no_grad():
-            again = _call(model, inputs, name)
+            again = _tensor_of(call_model(model, inputs, name))
         if not torch.allclose(
             outputs, again, rtol=1e-2, atol=1e-3 * float(outputs.detach().abs().max()), equal_nan=True
         ):
@@ -198,13 +213,22 @@ def _random_states(model: nn.Module) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
 
 
-def _call(model: nn.Module, inputs: Any, name: str) -> Tensor:
+def call_model(model: nn.Module, inputs: Any, name: str, *, updates_buffers: bool = False) -> Any:
+    """What the model returns, or the `logits` of that (Hugging Face models).
+
+    Layers that update buffers in training mode update copies, unless `updates_buffers`.
+    """
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     positional = (
         () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     )
-    updates_buffers = any(m.training for m in model.modules()) and not isinstance(model, torch.jit.ScriptModule)
-    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()} if updates_buffers else {}
+    buffers = {}
+    if (
+        not updates_buffers
+        and any(m.training for m in model.modules())
+        and not isinstance(model, torch.jit.ScriptModule)
+    ):
+        buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     try:
         if buffers:
             outputs = torch.func.functional_call(model, buffers, positional, keywords)
@@ -214,7 +238,11 @@ def _call(model: nn.Module, inputs: Any, name: str) -> Tensor:
         if type(error) not in (RuntimeError, TypeError):
             raise
         raise type(error)(f"the model failed on the inputs of {name}: {error}") from error
-    outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return outputs if logits is None else logits
+
+
+def _tensor_of(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(f"the model returned a {type(outputs).__name__}, expected a tensor or something with logits")
     return outputs

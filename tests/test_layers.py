@@ -22,7 +22,7 @@ BELOW = {
     "_objective": {"_model", "_tree"},
     "solvers": set(),
     "curvature": {"_objective", "_model", "_tree"},
-    "per_sample": {"_objective", "_model", "_tree"},
+    "per_sample": {"ops", "_model", "_tree"},
     "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_warn"},
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},

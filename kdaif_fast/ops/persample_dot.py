@@ -17,4 +17,4 @@ _persample_dot = define(
 
 def persample_dot(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
     """<G_i, V_k>: [N, T, I], [N, T, O], [K, O, I] -> [N, K]."""
-    return kernel_or_reference(_persample_dot, reference.persample_dot, inputs, directions)
+    return kernel_or_reference(_persample_dot, reference.persample_dot, inputs, output_grads, directions)

@@ -17,5 +17,5 @@ _persample_grad = define(
 
 def persample_grad(inputs: Tensor, output_grads: Tensor, out: Tensor | None = None) -> Tensor:
     """G_i: [N, T, I], [N, T, O] -> [N, O, I]."""
-    grads = kernel_or_reference(_persample_grad, reference.persample_grad, inputs)
+    grads = kernel_or_reference(_persample_grad, reference.persample_grad, inputs, output_grads)
     return grads if out is None else out.copy_(grads)

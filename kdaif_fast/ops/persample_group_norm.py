@@ -17,4 +17,4 @@ _persample_group_norm = define(
 
 def persample_group_norm(inputs: Tensor, output_grads: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """[N, C, L], [N, C, L], [N, groups], [N, groups] -> dw, dq [N, C]."""
-    return kernel_or_reference(_persample_group_norm, reference.persample_group_norm, inputs, mean, rstd)
+    return kernel_or_reference(_persample_group_norm, reference.persample_group_norm, inputs, output_grads, mean, rstd)

@@ -19,4 +19,4 @@ def persample_layer_norm(
     inputs: Tensor, output_grads: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[N, T, D], [N, T, D], [N, T] or None, [N, T] -> dw, dc [N, D]."""
-    return kernel_or_reference(_persample_layer_norm, reference.persample_layer_norm, inputs, mean, rstd)
+    return kernel_or_reference(_persample_layer_norm, reference.persample_layer_norm, inputs, output_grads, mean, rstd)

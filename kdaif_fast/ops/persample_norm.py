@@ -17,4 +17,4 @@ _persample_norm = define(
 
 def persample_norm(inputs: Tensor, output_grads: Tensor) -> Tensor:
     """||G_i||^2: [N, T, I], [N, T, O] -> [N]."""
-    return kernel_or_reference(_persample_norm, reference.persample_norm, inputs)
+    return kernel_or_reference(_persample_norm, reference.persample_norm, inputs, output_grads)

@@ -17,4 +17,4 @@ _weighted_grad = define(
 
 def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i G_i: [N, T, I], [N, T, O], [N] -> [O, I]."""
-    return kernel_or_reference(_weighted_grad, reference.weighted_grad, inputs, weights)
+    return kernel_or_reference(_weighted_grad, reference.weighted_grad, inputs, output_grads, weights)

@@ -1,15 +1,20 @@
-"""Dot products of every sample's gradient with one direction."""
+"""Dot products of every sample's gradient with directions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
-from .._objective import Objective
-from .._tree import as_vector
+from .._tree import wide_dtype
+from .directions import read_directions
+from .independence import require_independence
+from .paths import Path
+from .recording import Recording
+from .terms import Term
 
 
 def per_sample_grad_dots(
@@ -19,23 +24,30 @@ def per_sample_grad_dots(
     *,
     loss: Loss | None = None,
     params: Params | None = None,
+    check_independence: bool = False,
 ) -> Tensor:
-    """<grad l_i, direction> for every sample i: [N], float32 or float64; how fast each loss grows along the direction.
+    """<grad l_i, direction> for every sample i: how fast each loss grows along the direction.
 
-    All N come from one directional derivative: the outputs' change along the direction, contracted with the gradient
-    of each sample's loss in its outputs. No sample's gradient is formed.
+    One forward and one backward pass whatever the number of directions; no sample's gradient is kept. A layer that is
+    linear in its parameters gives <b_i, layer(a_i; V)>, with a_i its input and b_i the gradient at its output.
 
     Args:
-        model: any module whose samples are independent (eval mode for BatchNorm and Dropout).
+        model: any module whose samples are independent (BatchNorm in eval mode), in train or eval mode.
         batch: (inputs, targets[, teacher_logits]) or a mapping with those keys.
-        direction: flat [P], or a dictionary shaped like the parameters.
+        direction: flat [P], or a dictionary shaped like the parameters; K of them stacked: [K, P], or a dictionary of
+            tensors with a leading axis K.
         loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
         params: names (of parameters or submodules), parameters or submodules; default all that require grad.
+        check_independence: make sure that samples do not influence each other's outputs, at the cost of two more
+            forward passes.
+
+    Returns:
+        [N], or [N, K] for stacked directions; float32, or float64 for float64 parameters.
 
     Raises:
         ValueError: a direction that does not fit the parameters, a module that mixes samples, a loss that is not [N].
 
-    Memory: the graph of one forward and one backward pass over the batch.
+    Memory: that of one training step, without the gradients.
 
     Example:
         >>> import torch
@@ -46,6 +58,36 @@ def per_sample_grad_dots(
         >>> per_sample_grad_dots(model, batch, {"weight": torch.tensor([[1.0, 0.0], [0.0, 2.0]])})
         tensor([-0.5000, -1.0000])
     """
-    objective = Objective(model, batch, loss, params)
-    objective.require_second_derivatives()
-    return objective.dots(as_vector(direction, objective.parameters, "direction"))
+    if check_independence:
+        require_independence(model, batch)
+    recording = Recording(model, batch, loss, params)
+    directions, is_one = read_directions(direction, recording.parameters)
+    dots = Dots(recording, directions)
+
+    def receive(terms: list[tuple[Path, Term]]) -> None:
+        for path, term in terms:
+            dots.add(term.dots(dots.along(path)))
+
+    recording.visit(receive)
+    return dots.total[:, 0] if is_one else dots.total
+
+
+class Dots:
+    """Dot products being summed over the terms of a recording: `total`, [N, K]."""
+
+    def __init__(self, recording: Recording, directions: dict[str, Tensor]) -> None:
+        some = next(iter(directions.values()))
+        dtype = wide_dtype(next(iter(recording.parameters.values())).dtype)
+        self.total = torch.zeros(recording.samples, len(some), dtype=dtype, device=recording.losses.device)
+        self._directions = directions
+        self._pushed: dict[Path, Tensor] = {}
+
+    def along(self, path: Path) -> Tensor:
+        """The directions at the end of a path: [K, *shape]."""
+        if path not in self._pushed:
+            self._pushed[path] = path.push(self._directions)
+        return self._pushed[path]
+
+    def add(self, dots: Tensor) -> None:
+        """Add one term's: [N, K]."""
+        self.total += dots

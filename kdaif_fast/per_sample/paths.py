@@ -1,0 +1,122 @@
+"""From the parameters to the tensor that meets the samples: transposes, casts, weight norms, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .graph import Edge, Graph
+
+# These rearrange all elements of one tensor, so that gradients keep their norm, and two of them can be joined.
+_REARRANGING = {
+    "TBackward0",
+    "TransposeBackward0",
+    "PermuteBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "CloneBackward0",
+    "AliasBackward0",
+    "ToCopyBackward0",
+    "NumpyTBackward0",
+}
+
+
+class Path:
+    """What lies between the leaves and one tensor made of parameters only.
+
+    Attributes:
+        parameters: the leaves, by name.
+        rearranges: whether it only rearranges (and casts) one parameter.
+        kind: the same for paths that do the same to the same parameter.
+    """
+
+    def __init__(self, graph: Graph, edge: Edge, parameters: Mapping[str, Tensor]) -> None:
+        self.edge = GradientEdge(graph.nodes[edge[0]], edge[1])
+        self.shape = graph.shape(edge)
+        chain, here = [], edge[0]
+        while here not in graph.leaves and len(graph.children[here]) == 1 and graph.children[here][0] is not None:
+            chain.append(graph.name(here))
+            here = graph.children[here][0][0]  # type: ignore[index]
+        names = [graph.leaves[here]] if here in graph.leaves else _names_below(graph, edge[0])
+        self.parameters = {name: parameters[name] for name in names}
+        self._simple = here in graph.leaves and all(name in ("TBackward0", "ToCopyBackward0") for name in chain)
+        self._transposes = chain.count("TBackward0") % 2 == 1
+        self.rearranges = here in graph.leaves and all(name in _REARRANGING for name in chain)
+        self.kind = (*chain, *names, *self.shape)
+        if self._simple:  # straight to the leaf: nothing in between needs to run
+            self.edge = GradientEdge(graph.nodes[here], 0)
+
+    def push(self, directions: Mapping[str, Tensor]) -> Tensor:
+        """How the tensor changes along directions in the parameters: {name: [K, *leaf]} -> [K, *shape]."""
+        if self._simple:
+            (name,) = self.parameters
+            return directions[name].mT if self._transposes else directions[name]
+        leaves = list(self.parameters.values())
+        some = leaves[0]
+        with torch.enable_grad():
+            cotangent = torch.zeros(self.shape, dtype=self._dtype(), device=some.device, requires_grad=True)
+            pulled = torch.autograd.grad([self.edge], leaves, [cotangent], create_graph=True, allow_unused=True)
+        used = [(name, g) for name, g in zip(self.parameters, pulled, strict=True) if g is not None and g.requires_grad]
+        K = len(directions[next(iter(self.parameters))])
+        results = []
+        for k in range(K):
+            along = [directions[name][k].to(g.dtype) for name, g in used]
+            results.append(torch.autograd.grad([g for _, g in used], cotangent, along, retain_graph=True)[0])
+        return torch.stack(results) if results else cotangent.new_zeros(0, *self.shape)
+
+    def _dtype(self) -> torch.dtype:
+        return self.edge.node._input_metadata[self.edge.output_nr].dtype
+
+    def pull(self, grads: Tensor) -> dict[str, Tensor]:
+        """Gradients of the tensor taken back to the parameters: [N, *shape] -> {name: [N, *leaf]}."""
+        if self._simple:
+            return {next(iter(self.parameters)): grads.mT if self._transposes else grads}
+        leaves = list(self.parameters.values())
+        grads = grads.to(self._dtype())
+        try:
+            pulled: Sequence[Tensor | None] = torch.autograd.grad(
+                [self.edge], leaves, [grads], retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # an op that cannot be batched
+            one_by_one = [
+                torch.autograd.grad(
+                    [self.edge], leaves, [g], retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for g in grads
+            ]
+            pulled = [torch.stack(pieces) for pieces in zip(*one_by_one, strict=True)]
+        return {name: g for name, g in zip(self.parameters, pulled, strict=True) if g is not None}
+
+    def leaf_grad(self, grad: Tensor) -> Tensor:
+        """The gradient that `edge` takes, from that of the tensor."""
+        if not self._simple:
+            return grad
+        (parameter,) = self.parameters.values()
+        return (grad.mT if self._transposes else grad).to(parameter.dtype)
+
+    def leaf_view(self, out: Tensor) -> Tensor | None:
+        """A buffer [N, *leaf] seen as [N, *shape], if it can be."""
+        if not self._simple:
+            return None
+        return out.mT if self._transposes else out
+
+
+def _names_below(graph: Graph, start: int) -> list[str]:
+    seen, stack, names = {start}, [start], []
+    while stack:
+        here = stack.pop()
+        if here in graph.leaves:
+            names.append(graph.leaves[here])
+        for edge in graph.children[here]:
+            if edge is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+    return sorted(names)

@@ -1,0 +1,150 @@
+"""Where in a graph samples meet parameters, and how the samples are laid out there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Size
+
+from .graph import Edge, Graph
+from .layout import Layout, Scattered
+from .module_rules import Block
+from .probe import Found, Layouts
+
+# Nodes that may put rows into an order that depends on the data, which then holds for one batch only.
+_REORDERING = ("Index", "Gather", "Sort", "Topk", "Scatter", "MaskedSelect", "PackPadded", "Take", "Unique", "Nonzero")
+
+
+@dataclass(frozen=True)
+class Junction:
+    """A node where samples meet parameters.
+
+    Args:
+        node: its position in the graph.
+        layouts: of each of the node's outputs; None for outputs without gradient.
+        edges: which of its inputs come from parameters, directly or through other nodes.
+        executed: whether a backward pass to all junctions runs through it, rather than end there.
+        block: which of the modules with a rule of their own it is the output of, if it is.
+    """
+
+    node: int
+    layouts: tuple[Layout | None, ...]
+    edges: tuple[int, ...]
+    executed: bool
+    block: int | None = None
+
+
+@dataclass
+class Plan:
+    """All junctions of a graph, for every graph with the same key.
+
+    Args:
+        junctions: in the graph's order.
+        uses: how many edges lead to each parameter.
+        lasting: whether it holds for later batches too.
+        ordered: nodes that keep the samples' order only as long as their indices do.
+        generic: the junctions without a rule, for tensors of shapes that have been tried.
+        shared_shapes: of the tensors made of parameters only, at the junctions: they do not change with the batch.
+    """
+
+    junctions: list[Junction]
+    uses: Counter[str]
+    lasting: bool
+    ordered: list[int]
+    shared_shapes: dict[Edge, Size]
+    generic: dict[tuple[Size, ...], set[int]] = field(default_factory=dict)
+
+    def fits(self, graph: Graph, samples: int) -> bool:
+        """Whether a graph with the same key has tensors that can be laid out so."""
+        return all(_takes_samples_in_order(graph, node, samples) for node in self.ordered) and all(
+            layout is None or layout.fits(graph.shape((junction.node, output)), samples)
+            for junction in self.junctions
+            for output, layout in enumerate(junction.layouts)
+        )
+
+    def require_same_shapes(self, graph: Graph) -> None:
+        """Raise ValueError if something made of parameters only has another shape now: then it is not."""
+        for edge, shape in self.shared_shapes.items():
+            if graph.shape(edge) != shape:
+                raise ValueError(
+                    f"the model mixes the samples of a batch at {graph.name(edge[0])} (a tensor of shape "
+                    f"{tuple(graph.shape(edge))}), so that no sample has a gradient of its own. Batch statistics? "
+                    "Call model.eval(), or use GroupNorm or LayerNorm"
+                )
+
+
+def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block] = ()) -> Plan:
+    """Cut the graph where a tensor that belongs to samples is made from one that does not."""
+    below = graph.parameters_below()
+    lasting, ordered = True, []
+    edges: dict[int, tuple[int, ...]] = {}
+    shared: dict[Edge, Size] = {}
+    uses: Counter[str] = Counter()
+    inside = {node for block in blocks for node in block.inside}
+    outputs = {block.position[0]: number for number, block in enumerate(blocks)}
+    for here in range(len(graph.nodes)):
+        layouts = [found.get((here, output)) for output in range(graph.outputs(here))]
+        known = [layout for layout in layouts if isinstance(layout, Layout)]
+        if not known:
+            continue
+        if any(isinstance(layout, Scattered) for layout in known):
+            lasting = False
+        if graph.name(here).startswith(_REORDERING):
+            if graph.name(here) == "IndexBackward0" and _takes_samples_in_order(graph, here, samples):
+                ordered.append(here)
+            elif not _is_along_another_axis(graph, here, known[0]):
+                lasting = False
+        if here in outputs:
+            edges[here] = ()
+            uses.update(blocks[outputs[here]].parameters)
+        if here in inside:
+            continue
+        chosen = []
+        for position, edge in enumerate(graph.children[here]):
+            if edge is None or not below[edge[0]]:
+                continue
+            if edge[0] in graph.leaves or found.get(edge) is Found.SHARED:
+                chosen.append(position)
+                uses.update(below[edge[0]])
+                shared[edge] = graph.shape(edge)
+            elif found.get(edge) is Found.SILENT:
+                lasting = False
+        if chosen:
+            edges[here] = tuple(chosen)
+    reached = _leads_to_junction(graph, edges)
+    junctions = [
+        Junction(
+            here,
+            tuple(x if isinstance(x := found.get((here, o)), Layout) else None for o in range(graph.outputs(here))),
+            chosen,
+            any(edge is not None and reached[edge[0]] for edge in graph.children[here]),
+            outputs.get(here),
+        )
+        for here, chosen in edges.items()
+    ]
+    return Plan(junctions, uses, lasting, ordered, shared)
+
+
+def _takes_samples_in_order(graph: Graph, node: int, samples: int) -> bool:
+    """Whether x[indices] has x's samples 0, 1, 2, ... in this order, as in logits[arange(N), last_token]."""
+    indices = getattr(graph.nodes[node], "_saved_indices", [None])[0]
+    if indices is None:
+        return True
+    return indices.dim() == 1 and torch.equal(indices, torch.arange(samples, device=indices.device))
+
+
+def _is_along_another_axis(graph: Graph, node: int, layout: Layout) -> bool:
+    """Whether a node reorders along one axis, and the samples are along another."""
+    axis = getattr(graph.nodes[node], "_saved_dim", None)
+    axes = len(graph.shape((node, 0)))
+    return axis is not None and axis % (1 << 64) != layout.axis and (axis + axes) % (1 << 64) != layout.axis
+
+
+def _leads_to_junction(graph: Graph, junctions: dict[int, tuple[int, ...]]) -> list[bool]:
+    reached = [False] * len(graph.nodes)
+    for here in graph.bottom_up():
+        reached[here] = here in junctions or any(edge is not None and reached[edge[0]] for edge in graph.children[here])
+    return reached

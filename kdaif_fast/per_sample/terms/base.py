@@ -1,0 +1,86 @@
+"""What every kind of per-sample gradient can be asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..._tree import wide_dtype
+
+# Per-sample gradients that are only a step to something else are made in blocks of about this many elements.
+BLOCK_ELEMENTS = 1 << 22
+
+
+class Term(ABC):
+    """G_i, the gradient of each sample's loss in one tensor of parameters, not necessarily formed.
+
+    Attributes:
+        samples: N.
+        shape: of the tensor.
+    """
+
+    samples: int
+    shape: torch.Size
+
+    @abstractmethod
+    def grads(self, out: Tensor | None = None) -> Tensor:
+        """G: [N, *shape], written to `out` if it is given."""
+
+    @abstractmethod
+    def dots(self, directions: Tensor) -> Tensor:
+        """<G_i, V_k>: [K, *shape] -> [N, K], in float32 at least."""
+
+    @abstractmethod
+    def weighted(self, weights: Tensor) -> Tensor:
+        """sum_i w_i G_i: [N] -> [*shape]."""
+
+    @abstractmethod
+    def block(self, start: int, stop: int) -> Term:
+        """The term of some of the samples."""
+
+    def squared_norms(self) -> Tensor:
+        """||G_i||^2: [N], in float32 at least."""
+        step = max(1, BLOCK_ELEMENTS // max(1, self.shape.numel()))
+        pieces = []
+        for start in range(0, self.samples, step):
+            G = self.block(start, min(start + step, self.samples)).grads().reshape(-1, self.shape.numel())
+            pieces.append(G.to(wide_dtype(G.dtype)).square().sum(1))
+        return torch.cat(pieces)
+
+    def step(self, directions: Tensor) -> tuple[Tensor, Term]:
+        """The dots, and what to keep for the weighted sum that follows."""
+        return self.dots(directions), self
+
+
+class Materialised(Term):
+    """G itself: [N, *shape]."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.samples, self.shape = len(values), values.shape[1:]
+
+    def grads(self, out: Tensor | None = None) -> Tensor:
+        """See Term."""
+        return self.values if out is None else out.copy_(self.values)
+
+    def dots(self, directions: Tensor) -> Tensor:
+        """See Term."""
+        flat = self.values.reshape(self.samples, -1)
+        wide = wide_dtype(flat.dtype)
+        return flat.to(wide) @ directions.reshape(len(directions), -1).to(wide).T
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """See Term."""
+        flat = self.values.reshape(self.samples, -1)
+        return (weights.to(flat.dtype) @ flat).view(self.shape)
+
+    def squared_norms(self) -> Tensor:
+        """See Term."""
+        flat = self.values.reshape(self.samples, -1)
+        return torch.linalg.vector_norm(flat, dim=1, dtype=wide_dtype(flat.dtype)).square()
+
+    def block(self, start: int, stop: int) -> Materialised:
+        """See Term."""
+        return Materialised(self.values[start:stop])

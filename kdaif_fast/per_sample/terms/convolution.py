@@ -1,0 +1,142 @@
+"""G_i of a convolution's weight: the correlation of a sample's input with its output gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ops.persample_conv import persample_conv
+from ..layout import Layout, Scattered
+from .base import Materialised, Term
+
+# Kept for the weighted sum, per-sample gradients may take this many elements for each element of what made them.
+KEEP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution's numbers, as ATen has them."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+
+
+class ConvolutionTerm(Term):
+    """Of z = conv(x; W) over R = N * k images, k of them a sample (mostly 1).
+
+    Args:
+        inputs: x [R, C, *S].
+        output_grads: b [R, O, *positions].
+        convolution: its numbers.
+        layout: how the samples' images are ordered.
+        samples: N.
+        shape: the weight's.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        output_grads: Tensor,
+        convolution: Convolution,
+        layout: Layout,
+        samples: int,
+        shape: torch.Size,
+    ) -> None:
+        if inputs.dtype != output_grads.dtype:
+            inputs = inputs.to(output_grads.dtype)
+        self.inputs, self.output_grads, self.convolution = inputs, output_grads, convolution
+        self.layout, self.samples, self.shape = layout, samples, shape
+
+    def _call(
+        self, directions: Tensor | None = None, *, grads: bool = False, norms: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        c = self.convolution
+        pair = (self.output_grads, self.inputs) if c.transposed else (self.inputs, self.output_grads)
+        return persample_conv(
+            *pair,
+            None if directions is None else directions.to(self.inputs.dtype),
+            kernel=self.shape[2:],
+            stride=c.stride,
+            padding=c.padding,
+            dilation=c.dilation,
+            groups=c.groups,
+            grads=grads,
+            norms=norms,
+            out=out,
+        )
+
+    @property
+    def _one_image(self) -> bool:
+        return len(self.inputs) == self.samples and not isinstance(self.layout, Scattered)
+
+    def grads(self, out: Tensor | None = None) -> Tensor:
+        """See Term."""
+        if self._one_image and out is not None:
+            self._call(out=out)
+            return out
+        G = self._call(grads=True)[0]
+        assert G is not None
+        G = self.layout.sum_rows(G, self.samples)
+        return G if out is None else out.copy_(G)
+
+    def dots(self, directions: Tensor) -> Tensor:
+        """See Term."""
+        dots = self._call(directions)[1]
+        assert dots is not None
+        return self.layout.sum_rows(dots, self.samples)
+
+    def squared_norms(self) -> Tensor:
+        """See Term."""
+        if not self._one_image:
+            return super().squared_norms()
+        norms = self._call(norms=True)[2]
+        assert norms is not None
+        return norms
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """See Term."""
+        c = self.convolution
+        _, grad, _ = torch.ops.aten.convolution_backward(
+            self.layout.scale(self.output_grads, weights),
+            self.inputs,
+            self.inputs.new_empty(1).expand(self.shape),  # of the weight, only the shape is used
+            None,
+            c.stride,
+            c.padding,
+            c.dilation,
+            c.transposed,
+            c.output_padding,
+            c.groups,
+            [False, True, False],
+        )
+        return grad
+
+    def step(self, directions: Tensor) -> tuple[Tensor, Term]:
+        """See Term."""
+        held = self.inputs[0].numel() + self.output_grads[0].numel()
+        if not self._one_image or math.prod(self.shape) > KEEP_RATIO * held:
+            return self.dots(directions), self
+        G, dots, _ = self._call(directions, grads=True)
+        assert G is not None
+        assert dots is not None
+        return dots, Materialised(G)
+
+    def block(self, start: int, stop: int) -> ConvolutionTerm:
+        """See Term."""
+        if self._one_image:
+            chosen: slice | Tensor = slice(start, stop)
+            layout = self.layout
+        else:
+            numbers = torch.arange(self.samples, device=self.inputs.device)
+            owner = self.layout.per_row(numbers, len(self.inputs))
+            chosen = (owner >= start) & (owner < stop)
+            layout = Scattered(owner[chosen] - start)
+        x, b = self.inputs[chosen], self.output_grads[chosen]
+        return ConvolutionTerm(x, b, self.convolution, layout, stop - start, self.shape)

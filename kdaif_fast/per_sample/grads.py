@@ -49,15 +49,15 @@ def per_sample_grads(
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 2, bias=False)
-        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+        >>> batch = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1])
         >>> torch.nn.init.zeros_(model.weight).tolist()
         [[0.0, 0.0], [0.0, 0.0]]
         >>> per_sample_grads(model, batch)["weight"]
-        tensor([[[-0.5000,  0.0000],
-                 [ 0.5000,  0.0000]],
+        tensor([[[-0.5000, -1.0000],
+                 [ 0.5000,  1.0000]],
         <BLANKLINE>
-                [[ 0.0000,  0.5000],
-                 [ 0.0000, -0.5000]]])
+                [[ 1.5000,  2.0000],
+                 [-1.5000, -2.0000]]])
     """
     if check_independence:
         require_independence(model, batch)
@@ -83,7 +83,7 @@ def _add_term(
     first = next(iter(path.parameters))
     if first not in grads and first in buffers:
         view = path.leaf_view(buffers[first])
-        if view is not None and view.dtype == recording.parameters[first].dtype:
+        if view is not None and view.dtype == term.dtype:
             term.grads(out=view)
             grads[first] = buffers[first]
             return

@@ -99,7 +99,7 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
                 lasting = False
         if here in outputs:
             edges[here] = ()
-            uses.update(blocks[outputs[here]].parameters)
+            uses.update(list(blocks[outputs[here]].parameters))
         if here in inside:
             continue
         chosen = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -212,11 +213,12 @@ class Recording:
                     hook = functools.partial(arrive, junction)
                     handles.append(graph.nodes[junction.node].register_prehook(hook))
             edges = [GradientEdge(graph.nodes[junction.node], output) for junction, output in ends]
-            caught = (
-                torch.autograd.grad(self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True)
-                if edges
-                else ()
-            )
+            caught: tuple[Tensor | None, ...] = ()
+            if edges:
+                with without_autocast(self.losses.device):
+                    caught = torch.autograd.grad(
+                        self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True
+                    )
         finally:
             for handle in handles:
                 handle.remove()
@@ -226,7 +228,8 @@ class Recording:
         for junction in plan.junctions:
             grads = waiting.pop(junction.node, None)
             if grads is not None and any(grad is not None for grad in grads):
-                arrive(junction, tuple(grads))
+                with without_autocast(self.losses.device):
+                    arrive(junction, tuple(grads))
         if known is None:
             while len(plan.generic) >= _SHAPES_KEPT:
                 plan.generic.pop(next(iter(plan.generic)))
@@ -282,6 +285,16 @@ class Recording:
     def uses(self, name: str) -> int:
         """How many terms there will be for a parameter; none for one that does nothing."""
         return self._plan.uses[name]
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """A backward pass runs in the dtypes that the forward pass chose, even if a caller has not left autocast yet."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _is_checkpointed(raw: Any) -> bool:

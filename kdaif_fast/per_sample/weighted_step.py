@@ -14,7 +14,7 @@ from .directions import read_directions
 from .dots import Dots
 from .independence import require_independence
 from .paths import Path
-from .recording import Recording
+from .recording import Recording, without_autocast
 from .terms import Term
 
 WeightFunction = Callable[[Tensor], Tensor]
@@ -110,7 +110,7 @@ def weighted_step(
         phi, terms = None, _collect(recording)
     else:
         phi, terms = _contract(recording, direction, scale)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(recording.losses.device):
         if weights is None:
             assert phi is not None
             assert weight_fn is not None
@@ -125,8 +125,8 @@ def weighted_step(
             edges.append(path.edge)
             grads.append(path.leaf_grad(term.weighted(by_sample)))
             del term
-    if edges:
-        torch.autograd.backward(edges, grads)
+        if edges:
+            torch.autograd.backward(edges, grads)
     return WeightedStep(recording.losses, phi, weights)
 
 

@@ -19,10 +19,12 @@ class Term(ABC):
     Attributes:
         samples: N.
         shape: of the tensor.
+        dtype: of the gradients.
     """
 
     samples: int
     shape: torch.Size
+    dtype: torch.dtype
 
     @abstractmethod
     def grads(self, out: Tensor | None = None) -> Tensor:
@@ -59,7 +61,7 @@ class Materialised(Term):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.samples, self.shape = len(values), values.shape[1:]
+        self.samples, self.shape, self.dtype = len(values), values.shape[1:], values.dtype
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""

@@ -53,6 +53,7 @@ class ConvolutionTerm(Term):
             inputs = inputs.to(output_grads.dtype)
         self.inputs, self.output_grads, self.convolution = inputs, output_grads, convolution
         self.layout, self.samples, self.shape = layout, samples, shape
+        self.dtype = output_grads.dtype
 
     def _call(
         self, directions: Tensor | None = None, *, grads: bool = False, norms: bool = False, out: Tensor | None = None

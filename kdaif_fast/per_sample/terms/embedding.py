@@ -21,7 +21,7 @@ class EmbeddingTerm(Term):
 
     def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size, sparse: bool = False) -> None:
         self.indices, self.output_grads, self.shape, self.sparse = indices, output_grads, shape, sparse
-        self.samples = len(indices)
+        self.samples, self.dtype = len(indices), output_grads.dtype
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""

@@ -47,7 +47,7 @@ class GenericTerm(Term):
         self.node, self.edge, self.output_grads, self.layouts = node, edge, tuple(output_grads), layouts
         self.total, self.shape = samples, shape
         self.chosen = range(samples) if chosen is None else chosen
-        self.samples = len(self.chosen)
+        self.samples, self.dtype = len(self.chosen), self._first().dtype
 
     def _scaled(self, weights: Tensor) -> list[Tensor | None]:
         return [

@@ -28,7 +28,7 @@ class LinearTerm(Term):
         if inputs.dtype != output_grads.dtype:
             inputs = inputs.to(output_grads.dtype)
         self.inputs, self.output_grads, self.transposed = inputs, output_grads, transposed
-        self.samples = len(inputs)
+        self.samples, self.dtype = len(inputs), output_grads.dtype
         I, O = inputs.shape[2], output_grads.shape[2]  # noqa: E741
         self.matrix = torch.Size((I, O) if transposed else (O, I))
         self.shape = self.matrix if shape is None else shape

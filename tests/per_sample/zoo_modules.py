@@ -177,7 +177,7 @@ class LowRank(nn.Module):
 class BiasOnly(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv1d(D, D, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+        self.layers = nn.Sequential(nn.Conv1d(D, D, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 3))
         for name, parameter in self.layers.named_parameters():
             parameter.requires_grad_("bias" in name)
 

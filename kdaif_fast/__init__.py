@@ -4,6 +4,13 @@ from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
 from .influence import influence_scores, influence_weights, sigmoid_weights
+from .per_sample import (
+    pairwise_grad_dots,
+    per_sample_grad_dots,
+    per_sample_grad_norms,
+    per_sample_grads,
+    weighted_step,
+)
 from .solvers import ConvergenceWarning
 
 __all__ = [
@@ -16,8 +23,13 @@ __all__ = [
     "influence_scores",
     "influence_weights",
     "ops",
+    "pairwise_grad_dots",
     "per_sample",
+    "per_sample_grad_dots",
+    "per_sample_grad_norms",
+    "per_sample_grads",
     "sigmoid_weights",
     "solvers",
+    "weighted_step",
 ]
 __version__ = "0.1.0"

@@ -86,7 +86,7 @@ class Scattered(Layout):
 
 
 def find_layout(plain: Tensor, scaled: Tensor, exponents: Tensor) -> Layout | None:
-    """The layout that explains why gradients grew as they did when sample i's loss was scaled by 2^exponents[i].
+    """The layout that explains why gradients shrank as they did when sample i's loss was scaled by 2^exponents[i].
 
     None if no layout with whole axes does. Powers of two scale without rounding, so a wrong layout fits by no accident.
     """
@@ -103,7 +103,7 @@ def find_layout(plain: Tensor, scaled: Tensor, exponents: Tensor) -> Layout | No
 
 
 def find_owners(plain: Tensor, scaled: list[Tensor]) -> Tensor | None:
-    """For rows of axis 0: the sample of each, from gradients whose scaling (1 or 2) tells one bit of its number.
+    """For rows of axis 0: the sample of each, from gradients whose scaling (1 or 1/2) tells one bit of its number.
 
     None if some row is not scaled as a whole, so belongs to no one sample. Rows without gradient are given to sample 0.
     """
@@ -115,9 +115,9 @@ def find_owners(plain: Tensor, scaled: list[Tensor]) -> Tensor | None:
     for bit, values in enumerate(scaled):
         rows = values.reshape(len(flat), -1)
         ratio = (rows.gather(1, at.unsqueeze(1)) / flat.gather(1, at.unsqueeze(1))).squeeze(1)
-        doubled = (ratio > 1.5) & (size > 0)
-        expected = flat * torch.where(doubled, 2.0, 1.0).to(flat.dtype).unsqueeze(1)
+        halved = (ratio < 0.75) & (size > 0)
+        expected = flat * torch.where(halved, 0.5, 1.0).to(flat.dtype).unsqueeze(1)
         if not torch.allclose(rows, expected, rtol=1e-2, atol=float(1e-4 * size.max())):
             return None
-        owner += doubled.long() << bit
+        owner += halved.long() << bit
     return owner

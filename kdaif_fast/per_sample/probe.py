@@ -40,8 +40,8 @@ def probe(graph: Graph, root: Tensor, cotangent: Tensor) -> Layouts:
     """
     samples = len(root)
     generator = torch.Generator().manual_seed(0)
-    exponents = torch.randint(6, (samples,), generator=generator)
-    exponents[torch.randperm(samples, generator=generator)[:3]] = torch.tensor([0, 2, 4])[:samples]
+    exponents = -torch.randint(6, (samples,), generator=generator)  # downwards: half precision overflows sooner
+    exponents[torch.randperm(samples, generator=generator)[:3]] = torch.tensor([0, -2, -4])[:samples]
     exponents = exponents.to(root.device)
     plain = gradients(graph, root, cotangent)
     scaled = gradients(graph, root, Layout(0).scale(cotangent, torch.exp2(exponents)))
@@ -57,14 +57,14 @@ def probe(graph: Graph, root: Tensor, cotangent: Tensor) -> Layouts:
 def _scattered(graph: Graph, root: Tensor, cotangent: Tensor, plain: dict[Edge, Tensor]) -> Layouts:
     samples = len(root)
     numbers = torch.arange(samples, device=root.device)
-    # A row of a shared tensor is scaled by no power of two when samples 0, 2, 4, ... count twice: cheap to rule out.
+    # A row of a shared tensor is scaled by no power of two when samples 1, 3, 5, ... count half: cheap to rule out.
     candidates, passes = plain, []
     for bit in range(max(1, (samples - 1).bit_length())):
-        doubled = gradients(graph, root, Layout(0).scale(cotangent, 1.0 + (numbers >> bit & 1)))
-        candidates = {e: x for e, x in candidates.items() if find_owners(x, [doubled[e]]) is not None}
+        halved = gradients(graph, root, Layout(0).scale(cotangent, 1 - 0.5 * (numbers >> bit & 1)))
+        candidates = {e: x for e, x in candidates.items() if find_owners(x, [halved[e]]) is not None}
         if not candidates:
             return {}
-        passes.append(doubled)
+        passes.append(halved)
     owners = {edge: find_owners(x, [p[edge] for p in passes]) for edge, x in candidates.items()}
     return {edge: Scattered(owner) for edge, owner in owners.items() if owner is not None}
 

@@ -74,7 +74,9 @@ class Recording:
         with torch.inference_mode(False), torch.enable_grad(), transparent(self.model):
             self._batch = unpack_batch(batch, name)
             with watched(self.model) as calls:
-                outputs = call_model(self.model, self._batch.inputs, name, updates_buffers=trains)
+                # DistributedDataParallel expects a backward pass after each of its forward passes.
+                called = self.model if trains else _inner(self.model)
+                outputs = call_model(called, self._batch.inputs, name, updates_buffers=trains)
             self.losses, self._root, self._cotangent = self._losses(outputs, scale)
             self.samples = len(self.losses)
             self._graph = Graph(self._root, self._names)
@@ -147,7 +149,6 @@ class Recording:
         sizes = {len(x) for x in tree_leaves(self._batch.inputs) if isinstance(x, Tensor) and x.dim()}
         if self.samples not in sizes:
             return None
-        module = getattr(self.model, "module", self.model) if _is_parallel(self.model) else self.model
 
         def pick(x: Any) -> Any:
             chosen = isinstance(x, Tensor) and x.dim() and len(x) == self.samples
@@ -157,8 +158,8 @@ class Recording:
         devices = sorted({p.device.index for p in self.parameters.values() if p.is_cuda})
         with torch.random.fork_rng(devices):
             try:
-                with watched(module) as calls:
-                    root = call_model(module, batch.inputs, self._name)
+                with watched(self.model) as calls:
+                    root = call_model(_inner(self.model), batch.inputs, self._name)
                 if not isinstance(root, Tensor):
                     assert self._loss is not None
                     extra = () if batch.teacher_logits is None else (batch.teacher_logits,)
@@ -301,5 +302,8 @@ def _is_checkpointed(raw: Any) -> bool:
     return raw is not None and type(getattr(raw, "data", None)).__module__ == "torch.utils.checkpoint"
 
 
-def _is_parallel(model: nn.Module) -> bool:
-    return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+def _inner(model: nn.Module) -> nn.Module:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+        assert isinstance(model, nn.Module)
+    return model

@@ -237,7 +237,7 @@ def _group_norm(m: Meeting) -> dict[int, Term]:
     if m.layout.axis != 0:
         raise NoRule
     x, b = (y.flatten(2) if y.dim() > 2 else y.unsqueeze(2) for y in (m.saved("input"), m.b))
-    return _affine(m, persample_group_norm(x, b, m.saved("result1"), m.saved("result2")))
+    return _affine(m, _by_sample(m, persample_group_norm(x, b, m.saved("result1"), m.saved("result2"))))
 
 
 @node_rule(
@@ -252,15 +252,20 @@ def _batch_norm(m: Meeting) -> dict[int, Term]:
     x, b = (y.flatten(2) if y.dim() > 2 else y.unsqueeze(2) for y in (m.saved("input"), m.b))
     rstd = (m.saved("running_var") + m.saved("eps")).rsqrt()
     mean, rstd = (s.expand(len(x), -1) for s in (m.saved("running_mean"), rstd))
-    return _affine(m, persample_group_norm(x, b, mean, rstd))
+    return _affine(m, _by_sample(m, persample_group_norm(x, b, mean, rstd)))
+
+
+def _by_sample(m: Meeting, grads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """[rows, D] -> [N, D]."""
+    return m.layout.sum_rows(grads[0], m.samples), m.layout.sum_rows(grads[1], m.samples)
 
 
 def _affine(m: Meeting, grads: tuple[Tensor, Tensor]) -> dict[int, Term]:
-    """Gradients of scale (input 1) and shift (input 2), [rows, D] or [N, D]."""
+    """Gradients of scale (input 1) and shift (input 2), [N, D]."""
     terms: dict[int, Term] = {}
     for at, values in zip((1, 2), grads, strict=True):
         if at in m.shapes:
-            terms[at] = Materialised(m.layout.sum_rows(values, m.samples).reshape(m.samples, *m.shapes[at]))
+            terms[at] = Materialised(values.reshape(m.samples, *m.shapes[at]))
     if set(terms) != set(m.shapes):
         raise NoRule
     return terms

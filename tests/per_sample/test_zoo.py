@@ -11,7 +11,14 @@ from kdaif_fast.per_sample import (
     weighted_step,
 )
 
-from . import zoo_layers, zoo_modules, zoo_parameters, zoo_routes, zoo_sequences  # noqa: F401 (they fill the zoo)
+from . import (  # noqa: F401 (they fill the zoo)
+    zoo_layers,
+    zoo_modules,
+    zoo_parameters,
+    zoo_routes,
+    zoo_sequences,
+    zoo_traps,
+)
 from .zoo import CASES, assert_close, assert_same, flat, trainable
 
 
@@ -23,8 +30,7 @@ def case(request):
 def runs(case):
     """(model, batch, truth) for one model and batch after batch."""
     model = case.model()
-    for n in case.sizes:
-        batch = case.batch(n)
+    for batch in case.batches():
         yield model, batch, case.truth(model, batch)
 
 
@@ -60,7 +66,7 @@ def test_dots(case):
 
 def test_pairs(case):
     model = case.model()
-    batches = [case.batch(n) for n in (case.sizes * 2)[:2]]
+    batches = list(case.batches())[:2]
     a, b = (flat(case.truth(model, batch)) for batch in batches)
     assert_close(pairwise_grad_dots(model, *batches, loss=case.loss), a @ b.T)
 

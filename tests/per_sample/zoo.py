@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ class Case:
 
     Args:
         build: the model; every one in the zoo is run in float64.
-        inputs: of n samples.
+        inputs: of n samples, in the first batch.
+        later: in all others, if they are of another kind.
         targets: of n samples.
         loss: of each sample; None: the library's default, which is cross-entropy.
         take: the inputs of sample i alone.
@@ -47,6 +48,7 @@ class Case:
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
+    later: Callable[[int], Any] | None = None
     targets: Callable[[int], Any] = lambda n: torch.randint(CLASSES, (n,))
     loss: Callable[..., Tensor] | None = None
     take: Callable[[Any, int], Any] = take_rows
@@ -56,8 +58,13 @@ class Case:
     def model(self) -> nn.Module:
         return self.build().double().eval()
 
-    def batch(self, n: int) -> tuple[Any, Any]:
-        return wide(self.inputs(n)), self.targets(n)
+    def batch(self, n: int, is_first: bool = True) -> tuple[Any, Any]:
+        inputs = self.inputs if is_first or self.later is None else self.later
+        return wide(inputs(n)), self.targets(n)
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        for index, n in enumerate(self.sizes):
+            yield self.batch(n, is_first=index == 0)
 
     def losses(self, model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
         return (self.loss or cross_entropy)(run(model, batch[0]), batch[1])

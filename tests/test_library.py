@@ -53,14 +53,24 @@ def test_every_instruction_set_gives_the_same(level):
 
 @needs_kernels
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("kernel", ["row_divergence", "row_stats"])
-def test_lesser_instruction_sets_pass_the_kernel_tests(level, kernel):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "row_divergence_kernel",
+        "row_stats_kernel",
+        "persample_dot",
+        "persample_norm",
+        "persample_grad",
+        "weighted_grad",
+    ],
+)
+def test_lesser_instruction_sets_pass_the_kernel_tests(level, name):
     """Every dtype, shape and option, as for the best one."""
     if torch.ops.kdaif_fast.cpu_level() == level:
         pytest.skip("this is the best one here")
-    tests = Path(__file__).parent / f"ops/test_{kernel}_kernel.py"
+    tests = Path(__file__).parent / f"ops/test_{name}.py"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(tests)],
         env={**os.environ, "KDAIF_CPU_LEVEL": level},
         capture_output=True,
         text=True,

@@ -34,6 +34,8 @@ class Path:
 
     Attributes:
         parameters: the leaves, by name.
+        edge: the tensor, as autograd's functions take it.
+        leaf: the parameter, if there is nothing but transposes and casts in between; its gradient is `leaf_grad`.
         rearranges: whether it only rearranges (and casts) one parameter.
         kind: the same for paths that do the same to the same parameter.
     """
@@ -51,8 +53,8 @@ class Path:
         self._transposes = chain.count("TBackward0") % 2 == 1
         self.rearranges = here in graph.leaves and all(name in _REARRANGING for name in chain)
         self.kind = (*chain, *names, *self.shape)
-        if self._simple:  # straight to the leaf: nothing in between needs to run
-            self.edge = GradientEdge(graph.nodes[here], 0)
+        # Straight to the leaf: nothing in between needs to run.
+        self.leaf = next(iter(self.parameters.values())) if self._simple else None
 
     def push(self, directions: Mapping[str, Tensor]) -> Tensor:
         """How the tensor changes along directions in the parameters: {name: [K, *leaf]} -> [K, *shape]."""
@@ -96,11 +98,9 @@ class Path:
         return {name: g for name, g in zip(self.parameters, pulled, strict=True) if g is not None}
 
     def leaf_grad(self, grad: Tensor) -> Tensor:
-        """The gradient that `edge` takes, from that of the tensor."""
-        if not self._simple:
-            return grad
-        (parameter,) = self.parameters.values()
-        return (grad.mT if self._transposes else grad).to(parameter.dtype)
+        """The gradient of `leaf`, from that of the tensor."""
+        assert self.leaf is not None
+        return (grad.mT if self._transposes else grad).to(self.leaf.dtype)
 
     def leaf_view(self, out: Tensor) -> Tensor | None:
         """A buffer [N, *leaf] seen as [N, *shape], if it can be."""

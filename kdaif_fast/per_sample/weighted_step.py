@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from .._model import Loss, Params
+from .delivery import deliver
 from .directions import read_directions
 from .dots import Dots
 from .independence import require_independence
@@ -118,15 +118,7 @@ def weighted_step(
         weights = weights.detach().to(device=recording.losses.device)
         by_sample = weights.to(torch.promote_types(weights.dtype, torch.float32))
         by_sample = by_sample / (recording.samples if divisor is None else divisor)
-        edges: list[GradientEdge] = []
-        grads: list[Tensor] = []
-        while terms:
-            path, term = terms.pop()
-            edges.append(path.edge)
-            grads.append(path.leaf_grad(term.weighted(by_sample)))
-            del term
-        if edges:
-            torch.autograd.backward(edges, grads)
+        deliver(terms, by_sample)
     return WeightedStep(recording.losses, phi, weights)
 
 

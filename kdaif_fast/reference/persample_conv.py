@@ -58,7 +58,7 @@ def persample_conv(
     U = U.reshape(N, groups, C // groups * math.prod(kernel), math.prod(positions))
     b = output_grads.to(wide).reshape(N, groups, O // groups, math.prod(positions))
     G = torch.einsum("ngol,ngql->ngoq", b, U).reshape(N, O, C // groups, *kernel)
-    flat = G.reshape(N, -1)
-    dots = flat.new_zeros(N, 0) if directions is None else flat @ directions.to(wide).reshape(len(directions), -1).T
+    flat = G.flatten(1)
+    dots = flat.new_zeros(N, 0) if directions is None else flat @ directions.to(wide).flatten(1).T
     squares = flat.square().sum(1) if norms else flat.new_zeros(0)
     return (G.to(inputs.dtype) if grads else inputs.new_zeros(0)), dots, squares

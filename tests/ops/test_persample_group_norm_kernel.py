@@ -1,0 +1,134 @@
+"""The CPU kernel of persample_group_norm against the definition: every dtype, awkward shapes, strides."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdaif_fast
+from kdaif_fast.reference import persample_group_norm as reference
+
+ops = importlib.import_module("kdaif_fast.ops.persample_group_norm")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+pytestmark = [
+    pytest.mark.skipif(kdaif_fast.backends()["cpu"] != "loaded", reason="no compiled CPU kernels here"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+
+SHAPES = [
+    (0, 4, 5, 2),
+    (2, 4, 0, 2),
+    (1, 1, 1, 1),
+    (3, 6, 16, 6),
+    (2, 6, 17, 1),
+    (3, 8, 31, 4),
+    (1, 2, 300, 2),
+    (4, 6, 70, 3),
+]
+LARGE = [(1, 8, 5000, 4), (5, 64, 300, 32)]
+
+
+def inputs(N, C, L, groups, dtype=torch.float64):
+    x, b = (torch.randn(N, C, L, dtype=torch.float64).to(dtype) for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    return x, b, torch.randn(N, groups, dtype=wide), torch.rand(N, groups, dtype=wide) + 0.5
+
+
+def run(*arguments):
+    return ops._persample_group_norm(*arguments)
+
+
+def assert_all_close(*arguments):
+    """To a few roundings of sums; inputs are exact, as the definition gets the same."""
+    dtype = arguments[0].dtype
+    expected = reference.persample_group_norm(*(None if t is None else t.double() for t in arguments))
+    for ours, truth in zip(run(*arguments), expected, strict=True):
+        assert ours.dtype == torch.promote_types(dtype, torch.float32)
+        scale = float(truth.abs().max()) if truth.numel() else 1.0
+        tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+def test_against_the_definition(shape, dtype):
+    assert_all_close(*inputs(*shape, dtype))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    N=st.integers(0, 5),
+    groups=st.integers(1, 5),
+    width=st.integers(1, 5),
+    L=st.integers(0, 200),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(N, groups, width, L, dtype, seed):
+    torch.manual_seed(seed)
+    assert_all_close(*inputs(N, groups * width, L, groups, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_do_not_matter(dtype):
+    x, b, mean, rstd = inputs(*SHAPES[-1], dtype)
+    expected = run(x, b, mean, rstd)
+    wider = torch.full((*x.shape[:2], x.shape[2] + 9), math.nan, dtype=dtype)
+    wider[..., 4:-5] = x
+    layouts = {
+        "last axis strided": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "first axis last": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "part of wider rows": wider[..., 4:-5],
+        "every other sample": x.repeat_interleave(2, 0)[::2],
+    }
+    apart = [s.t().contiguous().t() for s in (mean, rstd)]
+    for name, view in layouts.items():
+        for ours in (run(view, b, *apart), run(x, b.transpose(1, 2).contiguous().transpose(1, 2), mean, rstd)):
+            assert all(torch.equal(a, e) for a, e in zip(ours, expected, strict=True)), name
+    expanded = b[:, :, :1].expand_as(b)
+    assert_all_close(x, expanded, mean, rstd)
+
+
+def test_result_does_not_depend_on_threads(threads):
+    for shape in SHAPES + LARGE:
+        arguments = inputs(*shape, torch.float32)
+        ours, before = run(*arguments), torch.get_num_threads()
+        torch.set_num_threads(1)
+        single = run(*arguments)
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, e) for a, e in zip(ours, single, strict=True))
+
+
+def test_a_large_mean_costs_no_digits():
+    """Centred before it is summed: the sums of b x and of b would agree in most of their digits."""
+    x, b, mean, rstd = inputs(*SHAPES[-1], torch.float32)
+    x, mean = (x + 4096).round(decimals=2), mean.mul(0).add(4096)
+    expected = reference.persample_group_norm(x.double(), b.double(), mean.double(), rstd.double())[0]
+    ours = run(x, b, mean, rstd)[0].double()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+
+
+def test_the_kernel_itself_refuses_what_it_cannot_do():
+    x, b, mean, rstd = inputs(3, 4, 5, 2)
+    for message, arguments in [
+        (r"\[N, C, L\]", (x[0], b[0], mean, rstd)),
+        (r"\[N, C, L\]", (x, b[:, :3], mean, rstd)),
+        ("dtype", (x, b.float(), mean, rstd)),
+        (r"\[N, groups\]", (x, b, mean[:2], rstd)),
+        (r"\[N, groups\]", (x, b, mean[0], rstd)),
+        (r"\[N, groups\]", (x, b, mean, rstd[:, :1])),
+        (r"\[N, groups\]", (x, b, mean[:, :0], rstd[:, :0])),
+        (r"\[N, groups\]", (x[:, :3], b[:, :3], mean, rstd)),
+        (r"\[N, groups\]", (x, b, mean.float(), rstd.float())),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            run(*arguments)
+
+
+def test_opcheck():
+    torch.library.opcheck(ops._persample_group_norm, inputs(*SHAPES[-1], torch.float64))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.persample_group_norm import persample_group_norm
 from ..ops.persample_layer_norm import persample_layer_norm
-from .layout import Layout
+from .layout import Layout, Scattered
 from .terms import BroadcastTerm, ConvolutionTerm, EmbeddingTerm, LinearTerm, Materialised, Term
 from .terms.convolution import Convolution
 
@@ -63,9 +63,10 @@ class Meeting:
     @property
     def layout(self) -> Layout:
         """The layout of the node's first output."""
-        if self.layouts[0] is None:
+        layout = self.layouts[0]
+        if layout is None or (isinstance(layout, Scattered) and layout.owner.dim() > 1):
             raise NoRule
-        return self.layouts[0]
+        return layout
 
     def positions(self, x: Tensor, last: int = 1) -> Tensor:
         """[N, T, ...] from a tensor laid out like b, with its last axes kept."""

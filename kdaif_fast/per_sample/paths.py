@@ -70,7 +70,7 @@ class Path:
         K = len(directions[next(iter(self.parameters))])
         results = []
         for k in range(K):
-            along = [directions[name][k].to(g.dtype) for name, g in used]
+            along = [directions[name][k].to(g.dtype, copy=True) for name, g in used]  # aligned, for complex views
             results.append(torch.autograd.grad([g for _, g in used], cotangent, along, retain_graph=True)[0])
         return torch.stack(results) if results else cotangent.new_zeros(0, *self.shape)
 

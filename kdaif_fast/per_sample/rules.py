@@ -56,9 +56,10 @@ class Meeting:
     @property
     def b(self) -> Tensor:
         """The gradient of the node's first output."""
-        if self.output_grads[0] is None or self.layouts[0] is None:
+        b = self.output_grads[0]
+        if b is None or self.layouts[0] is None or b.is_complex():  # the rules conjugate nothing
             raise NoRule
-        return self.output_grads[0]
+        return b
 
     @property
     def layout(self) -> Layout:

@@ -58,6 +58,9 @@ def test_every_instruction_set_gives_the_same(level):
     [
         "row_divergence_kernel",
         "row_stats_kernel",
+        "persample_conv_kernel",
+        "persample_group_norm_kernel",
+        "persample_layer_norm_kernel",
         "persample_dot",
         "persample_norm",
         "persample_grad",

@@ -33,6 +33,7 @@ class Graph:
         self.root: Edge = (0, root.output_nr)
         self.children: list[list[Edge | None]] = []
         self.leaves: dict[int, str] = {}
+        self._known_shapes: dict[Edge, torch.Size] = {}
         position = {root.grad_fn: 0}
         key: list[Any] = [root.output_nr]
         for here, node in enumerate(self.nodes):  # grows while it is walked
@@ -70,7 +71,10 @@ class Graph:
 
     def shape(self, edge: Edge) -> torch.Size:
         """The shape of the tensor that a node made."""
-        return torch.Size(self.nodes[edge[0]]._input_metadata[edge[1]].shape)
+        shape = self._known_shapes.get(edge)
+        if shape is None:
+            shape = self._known_shapes[edge] = torch.Size(self.nodes[edge[0]]._input_metadata[edge[1]].shape)
+        return shape
 
     def outputs(self, position: int) -> int:
         """How many tensors the node made."""

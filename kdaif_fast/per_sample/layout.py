@@ -25,7 +25,10 @@ class Layout:
 
     def per_sample(self, x: Tensor, samples: int) -> Tensor:
         """[N, k, other axes in their order], a view where x allows it."""
-        x = x.movedim(self.axis, 0)
+        if self.axis:
+            x = x.movedim(self.axis, 0)
+        if x.shape[0] == samples:
+            return x.unsqueeze(1)
         if self.interleaved:
             return x.unflatten(0, (-1, samples) if x.shape[0] else (0, samples)).transpose(0, 1)
         return x.unflatten(0, (samples, x.shape[0] // samples))

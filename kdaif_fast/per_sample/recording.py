@@ -185,7 +185,8 @@ class Recording:
         early = self._early()
         # A node can be run by itself only while no backward pass is under way: junctions without a rule have to wait,
         # and shapes that have not been seen may have some.
-        known = plan.generic.get(self._shapes())
+        shapes = tuple(graph.shape((junction.node, 0)) for junction in plan.junctions)
+        known = plan.generic.get(shapes)
         late = {j.node for j in plan.junctions} if known is None else known
         retain = any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
@@ -224,18 +225,15 @@ class Recording:
         for (junction, output), grad in zip(ends, caught, strict=True):
             waiting.setdefault(junction.node, [None] * len(junction.layouts))[output] = grad
         del caught
-        for junction in plan.junctions:
-            grads = waiting.pop(junction.node, None)
-            if grads is not None and any(grad is not None for grad in grads):
-                with without_autocast(self.losses.device):
+        with without_autocast(self.losses.device):
+            for junction in plan.junctions:
+                grads = waiting.pop(junction.node, None)
+                if grads is not None and any(grad is not None for grad in grads):
                     arrive(junction, tuple(grads))
         if known is None:
             while len(plan.generic) >= _SHAPES_KEPT:
                 plan.generic.pop(next(iter(plan.generic)))
-            plan.generic[self._shapes()] = generic
-
-    def _shapes(self) -> tuple[torch.Size, ...]:
-        return tuple(self._graph.shape((junction.node, 0)) for junction in self._plan.junctions)
+            plan.generic[shapes] = generic
 
     def _early(self) -> dict[int, dict[str, Any]]:
         """What checkpointed nodes have saved, by node: it can be read only before the backward pass runs them."""

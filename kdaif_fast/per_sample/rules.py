@@ -74,7 +74,7 @@ class Meeting:
         if self.layout.axis >= x.dim() - last:
             raise NoRule
         x = self.layout.per_sample(x, self.samples)
-        return x.flatten(1, x.dim() - last - 1)
+        return x if x.dim() == last + 2 else x.flatten(1, x.dim() - last - 1)
 
     def broadcast(self, values: Tensor, position: int) -> Term:
         """The term of a parameter that was broadcast to the node's output."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Edge, Graph
+from .graph import Edge, Graph, without_hooks
 from .layout import Layout, Scattered, explains, find_layouts, find_owners, uncertain
 
 
@@ -111,6 +111,7 @@ def gradients(graph: Graph, root: Tensor, cotangent: Tensor) -> dict[Edge, Tenso
         for at in inner:
             if graph.children[at]:
                 stack.enter_context(_removed(graph.nodes[at].register_prehook(catch(at))))
+        stack.enter_context(without_hooks([graph.nodes[at].variable for at in graph.leaves]))
         leaves = [GradientEdge(graph.nodes[at], 0) for at in graph.leaves]
         torch.autograd.grad(root, leaves, cotangent, retain_graph=True, allow_unused=True)
     return caught

@@ -6,7 +6,8 @@ nn.Parameter, a parametrization, several times. So the graph, not the modules, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,3 +106,16 @@ class Graph:
                     state[here] = 2
                     order.append(here)
         return order
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within it, hooks on these tensors' gradients stay out: a gradient that is only looked at is none of theirs."""
+    hidden = [(hooks, dict(hooks)) for p in parameters if (hooks := getattr(p, "_backward_hooks", None))]
+    try:
+        for hooks, _ in hidden:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in hidden:
+            hooks.update(kept)

@@ -133,7 +133,7 @@ class Recording:
             return plan
         plan = self._plan_from_few(key)
         if plan is None or not plan.lasting or not plan.fits(self._graph, self.samples):
-            found = probe(self._graph, self._root, self._cotangent)
+            found = probe(self._graph, self._root, _some_cotangent(self._root))
             plan = make_plan(self._graph, found, self.samples, self._blocks)
         else:
             plan.require_same_shapes(self._graph)
@@ -172,9 +172,7 @@ class Recording:
         blocks = [Block(graph, call) for call in calls]
         if (graph.key, tuple(block.position for block in blocks)) != key:
             return None
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.rand(root.shape, generator=generator).add_(0.5).to(root)
-        return make_plan(graph, probe(graph, root, cotangent), few, blocks)
+        return make_plan(graph, probe(graph, root, _some_cotangent(root)), few, blocks)
 
     # --- the backward pass ------------------------------------------------------------------------------------
 
@@ -294,6 +292,12 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, enabled=False):
         yield
+
+
+def _some_cotangent(root: Tensor) -> Tensor:
+    """Gradients of about one size, so that no sample goes unseen: those of the loss may be zero."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(root.shape, generator=generator).add_(0.5).to(root)
 
 
 def _is_checkpointed(raw: Any) -> bool:

@@ -54,7 +54,8 @@ def test_nothing_left_behind(call, name):
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(x, copy) for x, copy in zip(batch, copies, strict=True))
     for module in model.modules():
-        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+        assert not any(hooks)
     assert all(not p._backward_hooks and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 

@@ -222,17 +222,8 @@ def call_model(model: nn.Module, inputs: Any, name: str, *, updates_buffers: boo
     positional = (
         () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     )
-    buffers = {}
-    if (
-        not updates_buffers
-        and any(m.training for m in model.modules())
-        and not isinstance(model, torch.jit.ScriptModule)
-    ):
-        buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     try:
-        if buffers:
-            outputs = torch.func.functional_call(model, buffers, positional, keywords)
-        else:
+        with contextlib.nullcontext() if updates_buffers else _copied_buffers(model):
             outputs = model(*positional, **keywords)
     except (RuntimeError, TypeError) as error:
         if type(error) not in (RuntimeError, TypeError):
@@ -240,6 +231,24 @@ def call_model(model: nn.Module, inputs: Any, name: str, *, updates_buffers: boo
         raise type(error)(f"the model failed on the inputs of {name}: {error}") from error
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     return outputs if logits is None else logits
+
+
+@contextlib.contextmanager
+def _copied_buffers(model: nn.Module) -> Iterator[None]:
+    """Within it, layers in training mode have copies of their buffers.
+
+    Not torch.func.functional_call, which leaves its copies in a module that the model holds under two names.
+    """
+    originals = []
+    try:
+        for module in model.modules():
+            if module.training and module._buffers and not isinstance(module, torch.jit.ScriptModule):
+                originals.append((module, dict(module._buffers)))
+                module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
+        yield
+    finally:
+        for module, buffers in originals:
+            module._buffers.update(buffers)
 
 
 def _tensor_of(outputs: Any) -> Tensor:

@@ -51,3 +51,15 @@ def test_shared_parameters_appear_once():
             self.b = self.a
 
     assert list(_model.select_parameters(Tied(), None)) == ["a.weight", "a.bias"]
+
+
+def test_buffers_of_a_module_with_two_names_stay_its_own():
+    norm = torch.nn.InstanceNorm1d(2, track_running_stats=True)
+    model = torch.nn.Sequential(norm, torch.nn.ReLU(), norm)
+    before = norm.running_mean
+    values = before.clone()
+    _model.call_model(model, torch.randn(3, 2, 5), "batch")
+    assert norm.running_mean is before
+    assert torch.equal(before, values)
+    _model.call_model(model, torch.randn(3, 2, 5), "batch", updates_buffers=True)
+    assert not torch.equal(norm.running_mean, values)

@@ -27,8 +27,9 @@ class GradientTiles {
     const LinearLayer& layer = layer_;
     const int64_t I = layer.inputs.width, O = layer.output_grads.width;
     for (int64_t p = 0; p < panels_of(O); ++p)
-      pack_columns<F>([&](int64_t t) __attribute__((always_inline)) { return layer.output_grads.at<T>(sample, t) + p * PANEL; },
-                      std::min(PANEL, O - p * PANEL), layer.T, lefts_.row(p));
+      pack_columns<F>(
+          [&](int64_t t) __attribute__((always_inline)) { return layer.output_grads.at<T>(sample, t) + p * PANEL; },
+          std::min(PANEL, O - p * PANEL), layer.T, lefts_.row(p));
     for (int64_t q = 0; q < panels_of(I); ++q) {
       const int64_t columns = std::min(PANEL, I - q * PANEL);
       pack_columns<F>([&](int64_t t) __attribute__((always_inline)) { return layer.inputs.at<T>(sample, t) + q * PANEL; },

@@ -49,7 +49,7 @@ inline Tensor as_type(const Tensor& x, ScalarType type) { return x.scalar_type()
 // Panels of 16 features or positions, as cpu/panels.h packs them.
 inline int64_t panels(int64_t columns) { return (columns + 15) / 16; }
 
-// How many pieces of `work` multiply-adds make a task: below about a million, waking a thread costs more than the work.
+// How many pieces of `work` multiply-adds make a task: a million take some 20 microseconds, and waking a thread a few.
 inline int64_t grain_of(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, work)); }
 
 }  // namespace kdaif

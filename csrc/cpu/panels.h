@@ -4,6 +4,9 @@
 //
 // Floor: one multiply-add a lane and cycle (Zen 4; two on Intel's servers). A tile of 16 rows loads 17 values per 16
 // multiply-adds, which two loads a cycle deliver; its factors come from L1 (one panel of 256 x 16 is 16 KiB) and L2.
+//
+// Measured, as all figures of this family: torch 2.13 with MKL, AVX-512 (Zen 4), one thread, medians of thread time, calls
+// interleaved with the vendor's product in one process. float32: 91 to 101 GFLOP/s, MKL's sgemm on the same shapes 82 to 95.
 #pragma once
 #include <algorithm>
 

@@ -114,6 +114,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& b, const MaybeTens
                            panels,
                            N,
                            plan.panels.data(),
+                           plan.chunk_channels,
+                           plan.chunk_elements,
                            plan.scratch_elements,
                            plan.scratch_places.data(),
                            plan.window_offsets.data(),

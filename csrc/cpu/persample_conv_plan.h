@@ -42,17 +42,21 @@ struct ConvPlan {
   std::vector<ConvPanel> panels;
   std::vector<ConvTile> tiles;
   std::vector<int64_t> scratch_places, window_offsets, column_offsets, column_rows;
-  int64_t scratch_elements, padded_rows;
+  int64_t chunk_channels, chunk_elements, scratch_elements, padded_rows;
 
   ConvPlan(const ConvGeometry& g, ConvSizes sizes) {
     const int64_t group_inputs = g.channels / g.groups, group_outputs = g.outputs / g.groups;
     // Lanes are output channels of a group, unless groups fill vectors better.
     by_group = g.groups > 1 && filled(g.groups, sizes.lanes) > filled(group_outputs, sizes.lanes);
     add_panels(by_group ? 1 : g.groups, by_group ? g.groups : group_outputs, sizes.lanes);
-    const int64_t channel = by_group ? sizes.lanes : 1, position = channel * group_inputs;
-    lay_out(g, position);
-    add_columns(g, group_inputs, channel, position);
-    add_tiles(g, group_inputs, sizes.tile);
+    const int64_t channel = by_group ? sizes.lanes : 1;
+    const int64_t chunks = by_group ? 1 : (group_inputs + CONV_CHUNK - 1) / CONV_CHUNK;
+    chunk_channels = (group_inputs + chunks - 1) / chunks;
+    lay_out(g, channel * chunk_channels);
+    scratch_elements = chunks * chunk_elements;
+    for (int64_t first = 0; first < group_inputs; first += chunk_channels)
+      add_columns(g, first, std::min(group_inputs - first, chunk_channels), channel);
+    add_tiles(sizes.tile);
   }
 
  private:
@@ -72,7 +76,7 @@ struct ConvPlan {
   void lay_out(const ConvGeometry& g, int64_t position) {
     strides.assign(g.axes(), position);
     for (size_t axis = g.axes() - 1; axis-- > 0;) strides[axis] = strides[axis + 1] * g.reach(axis + 1);
-    scratch_elements = strides[0] * g.reach(0);
+    chunk_elements = strides[0] * g.reach(0);
     std::vector<std::vector<bool>> met(g.axes());
     for (size_t axis = 0; axis < g.axes(); ++axis) {
       met[axis].assign(static_cast<size_t>(g.reach(axis)), false);
@@ -96,29 +100,30 @@ struct ConvPlan {
     });
   }
 
-  void add_columns(const ConvGeometry& g, int64_t group_inputs, int64_t channel, int64_t position) {
-    (void)position;
+  void add_columns(const ConvGeometry& g, int64_t first_channel, int64_t channels, int64_t channel) {
     const int64_t elements = product(g.kernel);
     for_grid(g.kernel, [&](int64_t i, const std::vector<int64_t>& at) {
-      int64_t offset = 0;
+      int64_t offset = first_channel / chunk_channels * chunk_elements;
       for (size_t axis = 0; axis < g.axes(); ++axis) offset += at[axis] * g.dilation[axis] * strides[axis];
-      for (int64_t c = 0; c < group_inputs; ++c) {
+      for (int64_t c = 0; c < channels; ++c) {
         column_offsets.push_back(offset + c * channel);
-        column_rows.push_back(c * elements + i);
+        column_rows.push_back((first_channel + c) * elements + i);
       }
     });
   }
 
   // Runs of columns that are neighbours in the image, cut into nearly equal tiles. By group any columns will do.
-  void add_tiles(const ConvGeometry& g, int64_t group_inputs, int64_t most) {
+  void add_tiles(int64_t most) {
     const int64_t columns = static_cast<int64_t>(column_offsets.size());
-    const int64_t run = by_group ? columns : g.dilation.back() == 1 ? g.kernel.back() * group_inputs : group_inputs;
-    const int64_t tiles_of_run = (run + most - 1) / most;
-    for (int64_t begin = 0; begin < columns; begin += run)
-      for (int64_t t = 0; t < tiles_of_run; ++t) {
-        const int64_t from = run * t / tiles_of_run, to = run * (t + 1) / tiles_of_run;
+    for (int64_t begin = 0, end; begin < columns; begin = end) {
+      end = begin + 1;
+      while (end < columns && (by_group || column_offsets[size_t(end)] == column_offsets[size_t(end - 1)] + 1)) ++end;
+      const int64_t run = end - begin, count = (run + most - 1) / most;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t from = run * t / count, to = run * (t + 1) / count;
         tiles.push_back({begin + from, to - from});
       }
+    }
   }
 
   std::vector<int64_t> strides;  // of the scratch image's axes

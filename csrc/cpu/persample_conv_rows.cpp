@@ -1,12 +1,25 @@
 // persample_conv over panels of samples; compiled once per instruction set (KDAIF_LEVEL), so nothing here may have
 // external linkage but the functions at the end, and no library template may be instantiated.
 //
-// A sample's inputs are laid out once as a zero-padded image with channels innermost. What one output position meets of
-// a kernel row is then contiguous, so no patches are ever built: G is summed in registers as an outer product over
-// positions, output channels in the lanes and columns broadcast from the image.
+// A sample's inputs are laid out once as a zero-padded image, in chunks of channels, channels innermost. What one output
+// position meets of a kernel row is then contiguous, so no patches are ever built: G is summed in registers as an outer
+// product over positions, output channels in the lanes and columns broadcast from the image. Where groups fill vectors
+// better (depthwise), groups are the lanes.
 //
 // Floor: N O Q P multiply-adds (Q = C / groups * kernel elements, P positions), 16 a cycle in float32 with AVX-512 on
 // Zen 4; the bytes are those of both images and of G where it is wanted.
+//
+// Measured against aten::convolution_backward for the weight alone, which gives the batch's sum only (oneDNN, torch 2.13,
+// Zen 4, one thread, medians of interleaved CPU times in one process on a machine that others used too; float32, k x k
+// kernels): time with one direction and no G / with G written to a given buffer, as a multiple of the batch's; ranges are
+// of two runs.
+//   [64, 3, 32, 32] -> 32, 3 x 3      0.91-1.01 / 0.81-0.95    [64, 32, 16, 16] -> 64, 3 x 3  0.94 / 0.99
+//   [64, 64, 8, 8] -> 128, 3 x 3      1.06 / 1.22-1.25         [32, 16, 32, 32] -> 16, 3 x 3  0.75 / 0.73
+//   [32, 16, 32, 32] -> 32, stride 2  0.77 / 0.76              [32, 64, 8, 8] -> 64, 3 x 3    0.88-0.97 / 1.00-1.10
+//   [32, 16, 32, 32] -> 32, 1 x 1, stride 2  0.39-0.47 / 0.29-0.35
+//   [8, 256, 28, 28] -> 64, 1 x 1  0.99 / 1.00                 [16, 64, 32, 32], depthwise 3 x 3  0.49 / 0.39
+// The 3 x 3 ones of 32 and 64 channels ran at 35-48 G multiply-adds a second, as the others' load varied. Small images pay
+// for transposing and writing G, which the batch's sum does not have.
 #include "cpu/vector.h"
 
 #include "cpu/persample_conv_panels.h"
@@ -127,7 +140,11 @@ class Panels {
     const Rows one_group{nullptr, x.channel_stride, x.position_offsets};
     const Rows across_groups{nullptr, x.channel_stride * conv_.group_inputs, x.position_offsets};
     if (!conv_.by_group) {
-      transpose_rows(first, one_group, conv_.group_inputs, x.positions, conv_.scratch_places, image, conv_.group_inputs);
+      const int64_t width = conv_.chunk_channels;
+      for (int64_t c = 0; c < conv_.group_inputs; c += width, image += conv_.chunk_elements) {
+        const int64_t channels = conv_.group_inputs - c < width ? conv_.group_inputs - c : width;
+        transpose_rows(first + c * x.channel_stride, one_group, channels, x.positions, conv_.scratch_places, image, width);
+      }
       return;
     }
     for (int64_t c = 0; c < conv_.group_inputs; ++c)

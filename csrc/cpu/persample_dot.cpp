@@ -17,7 +17,8 @@ Tensor by_gradients(const HeldLinearLayer& held, const Tensor& directions) {
   const int64_t K = directions.size(0);
   const Tensor dots = torch::stable::new_empty(held.inputs, {layer.N, K}, accumulation_type(held.inputs));
   const PersampleGrad g{layer, nullptr, 0, directions.const_data_ptr(), dots.mutable_data_ptr(), K};
-  torch::stable::parallel_for(0, layer.N, grain_of((layer.T + 8 * K) * held.O() * held.I()), [&](int64_t begin, int64_t end) {
+  const int64_t work = (layer.T + 6 * K) * held.O() * held.I();
+  torch::stable::parallel_for(0, layer.N, grain_of(work), [&](int64_t begin, int64_t end) {
     KDAIF_CALL_LEVEL(persample_grad_rows, g, begin, end);
   });
   return dots;

@@ -62,12 +62,14 @@ std::tuple<Tensor, Tensor> persample_grad_dots(const Tensor& inputs, const Tenso
 }
 
 // Returns the dots, of no directions if there are none: an op has to return something.
-Tensor persample_grad_into(const Tensor& inputs, const Tensor& output_grads, const MaybeTensor& directions, const Tensor& out) {
+Tensor persample_grad_into(const Tensor& inputs, const Tensor& output_grads, const MaybeTensor& directions,
+                           const Tensor& out) {
   const HeldLinearLayer held("persample_grad", inputs, output_grads);
   if (directions) held.check_directions("persample_grad", *directions);
   const int64_t N = held.layer.N, O = held.O(), I = held.I();
-  STD_TORCH_CHECK(out.dim() == 3 && out.size(0) == N && out.size(1) == O && out.size(2) == I && out.scalar_type() == inputs.scalar_type(),
-                  "persample_grad: out must be [N, O, I] of the inputs' dtype");
+  STD_TORCH_CHECK(out.dim() == 3 && out.size(0) == N && out.size(1) == O && out.size(2) == I,
+                  "persample_grad: out must be [N, O, I]");
+  STD_TORCH_CHECK(out.scalar_type() == inputs.scalar_type(), "persample_grad: out must have the inputs' dtype");
   STD_TORCH_CHECK(out.numel() == 0 || ((I == 1 || out.stride(2) == 1) && (O == 1 || out.stride(1) == I)),
                   "persample_grad: each sample's [O, I] of out must be contiguous");
   const MaybeTensor dots = run(held, directions, out);

@@ -1,3 +1,11 @@
+// persample_grad over samples, and persample_dot where gradients are the cheaper way; compiled once per instruction set, as
+// row_stats_rows.cpp.
+//
+// Floor: N T O I multiply-adds and N O I elements written, which is all for T = 1. float32, into memory that is there:
+//   T = 1, against filling it with a constant, and torch.mul(out=): [256, 784 -> 512] 0.88 and 0.73, [256, 512 -> 512] 0.90
+//   and 0.76. Into fresh memory 4.1 and 5.2 times as fast as torch.bmm, which gets it in pages of 4 KiB.
+//   N = 32, T = 64, against torch.bmm(out=): 256 -> 768 0.79   256 -> 1024 0.77   1024 -> 256 0.75; with the dots of one
+//   direction 0.97, 1.07, 0.96. Dots alone, against the layer's weight gradient: K = 1 0.95 to 1.03, K = 4 1.3 to 1.5.
 #include "cpu/vector.h"
 
 #include "cpu/persample_grad_rows.h"
@@ -39,13 +47,15 @@ template <class T> void grads_of(const PersampleGrad& g, int64_t begin, int64_t 
         store(sums, tile + m * PANEL + v * LANES<F>);
       });
       if (grad != nullptr) put_tile(tile, place, grad, I);
-      for (int64_t k = 0; k < g.K; ++k) dots[k] += tile_dot(tile, place, static_cast<const F*>(g.directions) + k * O * I, I);
+      for (int64_t k = 0; k < g.K; ++k)
+        dots[k] += tile_dot(tile, place, static_cast<const F*>(g.directions) + k * O * I, I);
     });
   }
 }
 
 // T = 1: b_o a for every o. The row a stays in L1; what is paid for is the writing.
-template <class T, class Write> KDAIF_INLINE void for_outer_rows(const PersampleGrad& g, int64_t begin, int64_t end, Write write) {
+template <class T, class Write>
+KDAIF_INLINE void for_outer_rows(const PersampleGrad& g, int64_t begin, int64_t end, Write write) {
   const int64_t I = g.layer.inputs.width, O = g.layer.output_grads.width;
   for (int64_t n = begin; n < end; ++n) {
     const T *a = g.layer.inputs.at<T>(n, 0), *b = g.layer.output_grads.at<T>(n, 0);

@@ -2,6 +2,10 @@
 // have external linkage but the function at the end, and no library template may be instantiated.
 //
 // Floor: inputs and output gradients read once. Two sums of each kind, so that additions do not wait for each other.
+//
+// Measured as in persample_layer_norm_rows.cpp: [16, 256, 1024] float32 1.47 ms, two plain sums 1.71, the definition 29;
+// [64, 64, 256] 0.33, 0.35, 2.0; [32, 64, 64], whose rows are four vectors, 0.046, 0.023, 0.16; [16, 256, 1024] bfloat16
+// 0.72, 0.85, 52.
 #include "cpu/vector.h"
 
 #include "cpu/persample_group_norm_rows.h"

@@ -3,6 +3,11 @@
 //
 // Floor: inputs and output gradients read once. Four positions at a time, so that the running sums, which stay in the L1
 // cache, are loaded and stored once for eight vectors read.
+//
+// Measured against two plain sums over the same tensors (x.sum(), b.sum(); torch 2.13, Zen 4, one thread, medians of
+// interleaved CPU times on a machine that others used too): [32, 128, 768] float32 1.65 ms and 1.59, [8, 512, 1024] 1.93
+// and 1.85; in bfloat16, where widening takes longer than reading, 1.29 and 0.71, 1.57 and 0.88. In plain torch, the
+// definition: 24, 31, 33, 13 ms.
 #include "cpu/vector.h"
 
 #include "cpu/persample_layer_norm_rows.h"

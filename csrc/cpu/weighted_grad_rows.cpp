@@ -1,4 +1,10 @@
-// weighted_grad over panels of input features; compiled once per instruction set, as row_stats_rows.cpp.
+// weighted_grad over panels of input features; compiled once per instruction set, as row_stats_rows.cpp. The weights are
+// multiplied into b while it is packed, which the product needs anyway.
+//
+// Floor: N T O I multiply-adds. Against the plain product b^T a by MKL (torch.mm), without weights, in [N, T, I -> O]:
+//   float32   [256, 1, 784 -> 512] 0.89   [256, 1, 512 -> 10] 1.2   [8, 1, 784 -> 512] 0.83   [32, 64, 256 -> 768] 0.96
+//             [32, 64, 256 -> 256] 0.95   [32, 64, 256 -> 1024] 0.90   [32, 64, 1024 -> 256] 0.96
+//   float64   0.77 to 0.95   bfloat16 1.6 to 1.9: that product has an instruction of its own, but rounds w b to 8 bits
 #include "cpu/vector.h"
 
 #include "cpu/weighted_grad_rows.h"
@@ -66,7 +72,8 @@ void weighted_grad_panels(const WeightedGrad& w, int64_t begin, int64_t end) {
                         std::min(PANEL, height - p), depth, lefts.row(p / PANEL));
       for (int64_t i = begin * PANEL; i < std::min(I, end * PANEL); i += PANEL) {
         const int64_t columns = std::min(PANEL, I - i);
-        pack_columns<F>([&](int64_t k) __attribute__((always_inline)) { return block.inputs[k] + i; }, columns, depth, right.row(0));
+        pack_columns<F>([&](int64_t k) __attribute__((always_inline)) { return block.inputs[k] + i; }, columns, depth,
+                        right.row(0));
         for (int64_t p = 0; p < height; p += PANEL)
           add_tile<F>(lefts.row(p / PANEL), right.row(0), depth, first == 0, std::min(PANEL, height - p), columns, I,
                       static_cast<F*>(w.sums) + (o + p) * I + i);

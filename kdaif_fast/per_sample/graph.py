@@ -6,7 +6,8 @@ nn.Parameter, a parametrization, several times. So the graph, not the modules, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Graph:
         self.root: Edge = (0, root.output_nr)
         self.children: list[list[Edge | None]] = []
         self.leaves: dict[int, str] = {}
+        self._known_shapes: dict[Edge, torch.Size] = {}
         position = {root.grad_fn: 0}
         key: list[Any] = [root.output_nr]
         for here, node in enumerate(self.nodes):  # grows while it is walked
@@ -70,7 +72,10 @@ class Graph:
 
     def shape(self, edge: Edge) -> torch.Size:
         """The shape of the tensor that a node made."""
-        return torch.Size(self.nodes[edge[0]]._input_metadata[edge[1]].shape)
+        shape = self._known_shapes.get(edge)
+        if shape is None:
+            shape = self._known_shapes[edge] = torch.Size(self.nodes[edge[0]]._input_metadata[edge[1]].shape)
+        return shape
 
     def outputs(self, position: int) -> int:
         """How many tensors the node made."""
@@ -101,3 +106,16 @@ class Graph:
                     state[here] = 2
                     order.append(here)
         return order
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within it, hooks on these tensors' gradients stay out: a gradient that is only looked at is none of theirs."""
+    hidden = [(hooks, dict(hooks)) for p in parameters if (hooks := getattr(p, "_backward_hooks", None))]
+    try:
+        for hooks, _ in hidden:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in hidden:
+            hooks.update(kept)

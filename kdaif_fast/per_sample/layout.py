@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Layout:
 
     axis: int
     interleaved: bool = False
+    certain: bool = field(default=True, compare=False)  # whether no other layout explains the same gradients
 
     def fits(self, shape: torch.Size, samples: int) -> bool:
         """Whether a tensor of this shape can have N samples so."""
@@ -24,7 +25,10 @@ class Layout:
 
     def per_sample(self, x: Tensor, samples: int) -> Tensor:
         """[N, k, other axes in their order], a view where x allows it."""
-        x = x.movedim(self.axis, 0)
+        if self.axis:
+            x = x.movedim(self.axis, 0)
+        if x.shape[0] == samples:
+            return x.unsqueeze(1)
         if self.interleaved:
             return x.unflatten(0, (-1, samples) if x.shape[0] else (0, samples)).transpose(0, 1)
         return x.unflatten(0, (samples, x.shape[0] // samples))
@@ -51,9 +55,10 @@ class Layout:
 
 
 class Scattered(Layout):
-    """Rows of axis 0 in any order and number: which sample each belongs to is in a vector.
+    """Rows in any order and number: which sample each belongs to is in a tensor, shaped like the leading axes.
 
-    Tokens that a router has gathered by expert, or a packed sequence, are laid out so.
+    Tokens that a router has gathered by expert, or a packed sequence, are laid out so; with experts that have slots,
+    there are two leading axes.
     """
 
     def __init__(self, owner: Tensor) -> None:
@@ -62,62 +67,89 @@ class Scattered(Layout):
 
     owner: Tensor
 
+    def __repr__(self) -> str:
+        return f"Scattered({self.owner})"
+
     def fits(self, shape: torch.Size, samples: int) -> bool:
         """Whether there is an owner for every row."""
-        return len(shape) > 0 and shape[0] == len(self.owner)
+        return shape[: self.owner.dim()] == self.owner.shape
 
     def per_sample(self, x: Tensor, samples: int) -> Tensor:
         """[N, k, ...] with k the most rows that a sample has; samples with fewer are filled up with zeros."""
-        order = self.owner.argsort(stable=True)
-        counts = torch.bincount(self.owner, minlength=samples)
+        x, owner = x.flatten(0, self.owner.dim() - 1), self.owner.flatten()
+        order = owner.argsort(stable=True)
+        counts = torch.bincount(owner, minlength=samples)
         first = counts.cumsum(0) - counts
-        position = torch.arange(len(order), device=x.device) - first[self.owner[order]]
+        position = torch.arange(len(order), device=x.device) - first[owner[order]]
         padded = x.new_zeros(samples, int(counts.max()), *x.shape[1:])
-        padded[self.owner[order], position] = x[order]
+        padded[owner[order], position] = x[order]
         return padded
 
     def per_row(self, values: Tensor, rows: int) -> Tensor:
         """[N, ...] -> [rows, ...]."""
         return values[self.owner]
 
+    def scale(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x with every sample's part times its weight."""
+        by_row = weights[self.owner].to(x.dtype)
+        return x * by_row.reshape(*by_row.shape, *[1] * (x.dim() - by_row.dim()))
+
     def sum_rows(self, values: Tensor, samples: int) -> Tensor:
         """[rows, ...] -> [N, ...]."""
-        return values.new_zeros(samples, *values.shape[1:]).index_add_(0, self.owner, values)
+        rows = values.flatten(0, self.owner.dim() - 1)
+        return rows.new_zeros(samples, *rows.shape[1:]).index_add_(0, self.owner.flatten(), rows)
 
 
-def find_layout(plain: Tensor, scaled: Tensor, exponents: Tensor) -> Layout | None:
-    """The layout that explains why gradients shrank as they did when sample i's loss was scaled by 2^exponents[i].
+def find_layouts(plain: Tensor, scaled: Tensor, exponents: Tensor) -> list[Layout]:
+    """The layouts that explain why gradients shrank as they did when sample i's loss was scaled by 2^exponents[i].
 
-    None if no layout with whole axes does. Powers of two scale without rounding, so a wrong layout fits by no accident.
+    None if no layout with whole axes does; more than one only where most gradients are zero. Powers of two scale
+    without rounding, so a wrong layout fits by no accident.
     """
     samples = len(exponents)
-    size = plain.abs().max()
+    found: list[Layout] = []
     for axis in range(plain.dim()):
         for layout in (Layout(axis), Layout(axis, interleaved=True)):
             if plain.shape[axis] == 0 or not layout.fits(plain.shape, samples):
                 continue
-            expected = layout.scale(plain, torch.exp2(exponents))
-            if torch.allclose(scaled, expected, rtol=1e-2, atol=float(1e-4 * size)):
-                return layout
-    return None
+            if layout.interleaved and plain.shape[axis] == samples:  # the same then
+                continue
+            if explains(layout, plain, scaled, torch.exp2(exponents)):
+                found.append(layout)
+    return found
 
 
-def find_owners(plain: Tensor, scaled: list[Tensor]) -> Tensor | None:
-    """For rows of axis 0: the sample of each, from gradients whose scaling (1 or 1/2) tells one bit of its number.
+def explains(layout: Layout, plain: Tensor, scaled: Tensor, factors: Tensor) -> bool:
+    """Whether scaling the samples' losses by these factors has scaled a tensor's gradient as the layout says."""
+    return torch.allclose(scaled, layout.scale(plain, factors), rtol=1e-2, atol=_noise(plain))
+
+
+def uncertain(layout: Layout) -> Layout:
+    """The layout, marked as one of several."""
+    return replace(layout, certain=False)
+
+
+def _noise(gradient: Tensor) -> float:
+    """What a sum in another order may change."""
+    return min(1e-4, 64 * torch.finfo(gradient.dtype).eps) * float(gradient.abs().max())
+
+
+def find_owners(plain: Tensor, scaled: list[Tensor], axes: int = 1) -> Tensor | None:
+    """For rows along the leading axes: the sample of each, from gradients whose scaling (1 or 1/2) tells one bit of it.
 
     None if some row is not scaled as a whole, so belongs to no one sample. Rows without gradient are given to sample 0.
     """
-    if plain.dim() == 0 or plain.shape[0] == 0:
+    if plain.dim() < axes or plain.numel() == 0:
         return None
-    flat = plain.reshape(plain.shape[0], -1)
+    flat = plain.reshape(plain.shape[:axes].numel(), -1)
     size, at = flat.abs().max(1)
     owner = torch.zeros(len(flat), dtype=torch.int64, device=plain.device)
     for bit, values in enumerate(scaled):
         rows = values.reshape(len(flat), -1)
-        ratio = (rows.gather(1, at.unsqueeze(1)) / flat.gather(1, at.unsqueeze(1))).squeeze(1)
+        ratio = (rows.gather(1, at.unsqueeze(1)).abs() / flat.gather(1, at.unsqueeze(1)).abs()).squeeze(1)
         halved = (ratio < 0.75) & (size > 0)
         expected = flat * torch.where(halved, 0.5, 1.0).to(flat.dtype).unsqueeze(1)
-        if not torch.allclose(rows, expected, rtol=1e-2, atol=float(1e-4 * size.max())):
+        if not torch.allclose(rows, expected, rtol=1e-2, atol=_noise(plain)):
             return None
         owner += halved.long() << bit
-    return owner
+    return owner.view(plain.shape[:axes])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Edge, Graph
+from .graph import Edge, Graph, without_hooks
 
 # These rearrange all elements of one tensor, so that gradients keep their norm, and two of them can be joined.
 _REARRANGING = {
@@ -63,14 +63,14 @@ class Path:
             return directions[name].mT if self._transposes else directions[name]
         leaves = list(self.parameters.values())
         some = leaves[0]
-        with torch.enable_grad():
+        with torch.enable_grad(), without_hooks(leaves):
             cotangent = torch.zeros(self.shape, dtype=self._dtype(), device=some.device, requires_grad=True)
             pulled = torch.autograd.grad([self.edge], leaves, [cotangent], create_graph=True, allow_unused=True)
         used = [(name, g) for name, g in zip(self.parameters, pulled, strict=True) if g is not None and g.requires_grad]
         K = len(directions[next(iter(self.parameters))])
         results = []
         for k in range(K):
-            along = [directions[name][k].to(g.dtype) for name, g in used]
+            along = [directions[name][k].to(g.dtype, copy=True) for name, g in used]  # aligned, for complex views
             results.append(torch.autograd.grad([g for _, g in used], cotangent, along, retain_graph=True)[0])
         return torch.stack(results) if results else cotangent.new_zeros(0, *self.shape)
 
@@ -83,8 +83,13 @@ class Path:
             return {next(iter(self.parameters)): grads.mT if self._transposes else grads}
         leaves = list(self.parameters.values())
         grads = grads.to(self._dtype())
+        with without_hooks(leaves):
+            pulled = self._pull(leaves, grads)
+        return {name: g for name, g in zip(self.parameters, pulled, strict=True) if g is not None}
+
+    def _pull(self, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
         try:
-            pulled: Sequence[Tensor | None] = torch.autograd.grad(
+            return torch.autograd.grad(
                 [self.edge], leaves, [grads], retain_graph=True, allow_unused=True, is_grads_batched=True
             )
         except RuntimeError:  # an op that cannot be batched
@@ -94,8 +99,7 @@ class Path:
                 )
                 for g in grads
             ]
-            pulled = [torch.stack(pieces) for pieces in zip(*one_by_one, strict=True)]
-        return {name: g for name, g in zip(self.parameters, pulled, strict=True) if g is not None}
+            return [torch.stack(pieces) for pieces in zip(*one_by_one, strict=True)]
 
     def leaf_grad(self, grad: Tensor) -> Tensor:
         """The gradient of `leaf`, from that of the tensor."""

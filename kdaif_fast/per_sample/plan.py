@@ -15,7 +15,20 @@ from .module_rules import Block
 from .probe import Found, Layouts
 
 # Nodes that may put rows into an order that depends on the data, which then holds for one batch only.
-_REORDERING = ("Index", "Gather", "Sort", "Topk", "Scatter", "MaskedSelect", "PackPadded", "Take", "Unique", "Nonzero")
+_REORDERING = (
+    "Index",
+    "Gather",
+    "Sort",
+    "Topk",
+    "Scatter",
+    "MaskedSelect",
+    "PackPadded",
+    "Take",
+    "Unique",
+    "Nonzero",
+    "Segment",
+    "Sparse",
+)
 
 
 @dataclass(frozen=True)
@@ -90,13 +103,15 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
         known = [layout for layout in layouts if isinstance(layout, Layout)]
         if not known:
             continue
-        if any(isinstance(layout, Scattered) for layout in known):
+        if any(isinstance(layout, Scattered) or not layout.certain for layout in known):
             lasting = False
         if graph.name(here).startswith(_REORDERING):
             if graph.name(here) == "IndexBackward0" and _takes_samples_in_order(graph, here, samples):
                 ordered.append(here)
             elif not _is_along_another_axis(graph, here, known[0]):
                 lasting = False
+        if _mixes_rows(graph, here, found):
+            lasting = False
         if here in outputs:
             edges[here] = ()
             uses.update(list(blocks[outputs[here]].parameters))
@@ -141,6 +156,16 @@ def _is_along_another_axis(graph: Graph, node: int, layout: Layout) -> bool:
     axis = getattr(graph.nodes[node], "_saved_dim", None)
     axes = len(graph.shape((node, 0)))
     return axis is not None and axis % (1 << 64) != layout.axis and (axis + axes) % (1 << 64) != layout.axis
+
+
+def _mixes_rows(graph: Graph, node: int, found: Layouts) -> bool:
+    """Whether a matrix product sums over the rows of samples: its other factor says whose they are, and is data."""
+    if graph.name(node) not in ("MmBackward0", "AddmmBackward0", "MvBackward0"):
+        return False
+    left, right = graph.children[node][-2:]
+    by_row = isinstance(at := found.get(right) if right else None, Layout) and at.axis == 0
+    by_column = isinstance(at := found.get(left) if left else None, Layout) and at.axis == 1
+    return by_row or by_column
 
 
 def _leads_to_junction(graph: Graph, junctions: dict[int, tuple[int, ...]]) -> list[bool]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Edge, Graph
-from .layout import Layout, Scattered, find_layout, find_owners
+from .graph import Edge, Graph, without_hooks
+from .layout import Layout, Scattered, explains, find_layouts, find_owners, uncertain
 
 
 class Found(Enum):
@@ -46,27 +46,52 @@ def probe(graph: Graph, root: Tensor, cotangent: Tensor) -> Layouts:
     plain = gradients(graph, root, cotangent)
     scaled = gradients(graph, root, Layout(0).scale(cotangent, torch.exp2(exponents)))
     found: Layouts = {}
+    candidates: dict[Edge, list[Layout]] = {}
     for edge, values in plain.items():
         if values.numel() == 0 or not values.any():
             found[edge] = Found.SILENT
-        else:
-            found[edge] = find_layout(values, scaled[edge], exponents) or Found.SHARED
-    return found | _scattered(graph, root, cotangent, {e: plain[e] for e, f in found.items() if f is Found.SHARED})
+            continue
+        candidates[edge] = find_layouts(values, scaled[edge], exponents)
+        found[edge] = candidates[edge][0] if candidates[edge] else Found.SHARED
+    several = {edge: layouts for edge, layouts in candidates.items() if len(layouts) > 1}
+    unclear = {e: plain[e] for e, layouts in candidates.items() if len(layouts) != 1}
+    return found | _by_number(graph, root, cotangent, unclear, several)
 
 
-def _scattered(graph: Graph, root: Tensor, cotangent: Tensor, plain: dict[Edge, Tensor]) -> Layouts:
+def _by_number(
+    graph: Graph, root: Tensor, cotangent: Tensor, plain: dict[Edge, Tensor], several: dict[Edge, list[Layout]]
+) -> Layouts:
+    """What only the samples' numbers tell, one bit a pass: rows in no order, and layouts that few gradients tell apart.
+
+    Args:
+        graph, root, cotangent: see probe.
+        plain: the gradients of the tensors in question.
+        several: the layouts of those that have more than one.
+    """
     samples = len(root)
     numbers = torch.arange(samples, device=root.device)
-    # A row of a shared tensor is scaled by no power of two when samples 1, 3, 5, ... count half: cheap to rule out.
-    candidates, passes = plain, []
+    # A tensor that sums over samples is scaled by no power of two when samples 1, 3, 5, ... count half: that is cheap
+    # to rule out.
+    axes = {e: range(1, x.dim() + 1) if e not in several else range(0) for e, x in plain.items()}
+    rows = {(e, k): x for e, x in plain.items() for k in axes[e]}
+    passes = []
     for bit in range(max(1, (samples - 1).bit_length())):
-        halved = gradients(graph, root, Layout(0).scale(cotangent, 1 - 0.5 * (numbers >> bit & 1)))
-        candidates = {e: x for e, x in candidates.items() if find_owners(x, [halved[e]]) is not None}
-        if not candidates:
-            return {}
+        if not rows and not several:
+            break
+        factors = 1 - 0.5 * (numbers >> bit & 1)
+        halved = gradients(graph, root, Layout(0).scale(cotangent, factors))
+        rows = {(e, k): x for (e, k), x in rows.items() if find_owners(x, [halved[e]], k) is not None}
+        several = {
+            e: [layout for layout in layouts if explains(layout, plain[e], halved[e], factors)] or layouts[:1]
+            for e, layouts in several.items()
+        }
         passes.append(halved)
-    owners = {edge: find_owners(x, [p[edge] for p in passes]) for edge, x in candidates.items()}
-    return {edge: Scattered(owner) for edge, owner in owners.items() if owner is not None}
+    found: Layouts = {e: layouts[0] if len(layouts) == 1 else uncertain(layouts[0]) for e, layouts in several.items()}
+    for (e, k), x in rows.items():
+        owner = find_owners(x, [p[e] for p in passes], k) if e not in found else None
+        if owner is not None:
+            found[e] = Scattered(owner)
+    return found
 
 
 def gradients(graph: Graph, root: Tensor, cotangent: Tensor) -> dict[Edge, Tensor]:
@@ -86,6 +111,7 @@ def gradients(graph: Graph, root: Tensor, cotangent: Tensor) -> dict[Edge, Tenso
         for at in inner:
             if graph.children[at]:
                 stack.enter_context(_removed(graph.nodes[at].register_prehook(catch(at))))
+        stack.enter_context(without_hooks([graph.nodes[at].variable for at in graph.leaves]))
         leaves = [GradientEdge(graph.nodes[at], 0) for at in graph.leaves]
         torch.autograd.grad(root, leaves, cotangent, retain_graph=True, allow_unused=True)
     return caught

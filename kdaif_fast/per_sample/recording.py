@@ -133,7 +133,7 @@ class Recording:
             return plan
         plan = self._plan_from_few(key)
         if plan is None or not plan.lasting or not plan.fits(self._graph, self.samples):
-            found = probe(self._graph, self._root, self._cotangent)
+            found = probe(self._graph, self._root, _some_cotangent(self._root))
             plan = make_plan(self._graph, found, self.samples, self._blocks)
         else:
             plan.require_same_shapes(self._graph)
@@ -172,9 +172,7 @@ class Recording:
         blocks = [Block(graph, call) for call in calls]
         if (graph.key, tuple(block.position for block in blocks)) != key:
             return None
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.rand(root.shape, generator=generator).add_(0.5).to(root)
-        return make_plan(graph, probe(graph, root, cotangent), few, blocks)
+        return make_plan(graph, probe(graph, root, _some_cotangent(root)), few, blocks)
 
     # --- the backward pass ------------------------------------------------------------------------------------
 
@@ -187,7 +185,8 @@ class Recording:
         early = self._early()
         # A node can be run by itself only while no backward pass is under way: junctions without a rule have to wait,
         # and shapes that have not been seen may have some.
-        known = plan.generic.get(self._shapes())
+        shapes = tuple(graph.shape((junction.node, 0)) for junction in plan.junctions)
+        known = plan.generic.get(shapes)
         late = {j.node for j in plan.junctions} if known is None else known
         retain = any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
@@ -226,18 +225,15 @@ class Recording:
         for (junction, output), grad in zip(ends, caught, strict=True):
             waiting.setdefault(junction.node, [None] * len(junction.layouts))[output] = grad
         del caught
-        for junction in plan.junctions:
-            grads = waiting.pop(junction.node, None)
-            if grads is not None and any(grad is not None for grad in grads):
-                with without_autocast(self.losses.device):
+        with without_autocast(self.losses.device):
+            for junction in plan.junctions:
+                grads = waiting.pop(junction.node, None)
+                if grads is not None and any(grad is not None for grad in grads):
                     arrive(junction, tuple(grads))
         if known is None:
             while len(plan.generic) >= _SHAPES_KEPT:
                 plan.generic.pop(next(iter(plan.generic)))
-            plan.generic[self._shapes()] = generic
-
-    def _shapes(self) -> tuple[torch.Size, ...]:
-        return tuple(self._graph.shape((junction.node, 0)) for junction in self._plan.junctions)
+            plan.generic[shapes] = generic
 
     def _early(self) -> dict[int, dict[str, Any]]:
         """What checkpointed nodes have saved, by node: it can be read only before the backward pass runs them."""
@@ -296,6 +292,12 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, enabled=False):
         yield
+
+
+def _some_cotangent(root: Tensor) -> Tensor:
+    """Gradients of about one size, so that no sample goes unseen: those of the loss may be zero."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(root.shape, generator=generator).add_(0.5).to(root)
 
 
 def _is_checkpointed(raw: Any) -> bool:

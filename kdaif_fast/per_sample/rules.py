@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.persample_group_norm import persample_group_norm
 from ..ops.persample_layer_norm import persample_layer_norm
-from .layout import Layout
+from .layout import Layout, Scattered
 from .terms import BroadcastTerm, ConvolutionTerm, EmbeddingTerm, LinearTerm, Materialised, Term
 from .terms.convolution import Convolution
 
@@ -56,23 +56,25 @@ class Meeting:
     @property
     def b(self) -> Tensor:
         """The gradient of the node's first output."""
-        if self.output_grads[0] is None or self.layouts[0] is None:
+        b = self.output_grads[0]
+        if b is None or self.layouts[0] is None or b.is_complex():  # the rules conjugate nothing
             raise NoRule
-        return self.output_grads[0]
+        return b
 
     @property
     def layout(self) -> Layout:
         """The layout of the node's first output."""
-        if self.layouts[0] is None:
+        layout = self.layouts[0]
+        if layout is None or (isinstance(layout, Scattered) and layout.owner.dim() > 1):
             raise NoRule
-        return self.layouts[0]
+        return layout
 
     def positions(self, x: Tensor, last: int = 1) -> Tensor:
         """[N, T, ...] from a tensor laid out like b, with its last axes kept."""
         if self.layout.axis >= x.dim() - last:
             raise NoRule
         x = self.layout.per_sample(x, self.samples)
-        return x.flatten(1, x.dim() - last - 1)
+        return x if x.dim() == last + 2 else x.flatten(1, x.dim() - last - 1)
 
     def broadcast(self, values: Tensor, position: int) -> Term:
         """The term of a parameter that was broadcast to the node's output."""
@@ -237,7 +239,7 @@ def _group_norm(m: Meeting) -> dict[int, Term]:
     if m.layout.axis != 0:
         raise NoRule
     x, b = (y.flatten(2) if y.dim() > 2 else y.unsqueeze(2) for y in (m.saved("input"), m.b))
-    return _affine(m, persample_group_norm(x, b, m.saved("result1"), m.saved("result2")))
+    return _affine(m, _by_sample(m, persample_group_norm(x, b, m.saved("result1"), m.saved("result2"))))
 
 
 @node_rule(
@@ -252,15 +254,20 @@ def _batch_norm(m: Meeting) -> dict[int, Term]:
     x, b = (y.flatten(2) if y.dim() > 2 else y.unsqueeze(2) for y in (m.saved("input"), m.b))
     rstd = (m.saved("running_var") + m.saved("eps")).rsqrt()
     mean, rstd = (s.expand(len(x), -1) for s in (m.saved("running_mean"), rstd))
-    return _affine(m, persample_group_norm(x, b, mean, rstd))
+    return _affine(m, _by_sample(m, persample_group_norm(x, b, mean, rstd)))
+
+
+def _by_sample(m: Meeting, grads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """[rows, D] -> [N, D]."""
+    return m.layout.sum_rows(grads[0], m.samples), m.layout.sum_rows(grads[1], m.samples)
 
 
 def _affine(m: Meeting, grads: tuple[Tensor, Tensor]) -> dict[int, Term]:
-    """Gradients of scale (input 1) and shift (input 2), [rows, D] or [N, D]."""
+    """Gradients of scale (input 1) and shift (input 2), [N, D]."""
     terms: dict[int, Term] = {}
     for at, values in zip((1, 2), grads, strict=True):
         if at in m.shapes:
-            terms[at] = Materialised(m.layout.sum_rows(values, m.samples).reshape(m.samples, *m.shapes[at]))
+            terms[at] = Materialised(values.reshape(m.samples, *m.shapes[at]))
     if set(terms) != set(m.shapes):
         raise NoRule
     return terms

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
+from .._tree import wide_dtype
 from .delivery import deliver
 from .directions import read_directions
 from .dots import Dots
@@ -116,7 +117,7 @@ def weighted_step(
             assert weight_fn is not None
             weights = _checked(weight_fn(phi.clone()), recording.samples, "what weight_fn returned")
         weights = weights.detach().to(device=recording.losses.device)
-        by_sample = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        by_sample = weights.to(torch.promote_types(weights.dtype, wide_dtype(recording.losses.dtype)))
         by_sample = by_sample / (recording.samples if divisor is None else divisor)
         deliver(terms, by_sample)
     return WeightedStep(recording.losses, phi, weights)

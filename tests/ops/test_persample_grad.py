@@ -54,8 +54,7 @@ class TestAgainstEachSample:
         assert persample_grad(inputs, output_grads, out) is out
         check(inputs, output_grads, out)
 
-    @pytest.mark.parametrize("K", [0, 1, 3])
-    @pytest.mark.parametrize("has_out", [False, True])
+    @pytest.mark.parametrize(("K", "has_out"), [(0, True), (1, False), (3, True)])
     def test_with_dots(self, shape, dtype, K, has_out):
         inputs, output_grads = layer(*shape, dtype)
         directions = torch.randn(K, shape[3], shape[2])

@@ -34,15 +34,18 @@ def run(*arguments):
     return ops._persample_layer_norm(*arguments)
 
 
-def assert_all_close(*arguments):
-    """To a few roundings of sums; inputs are exact, as the definition gets the same."""
-    dtype = arguments[0].dtype
-    expected = reference.persample_layer_norm(*(None if t is None else t.double() for t in arguments))
-    for ours, truth in zip(run(*arguments), expected, strict=True):
-        assert ours.dtype == torch.promote_types(dtype, torch.float32)
-        scale = float(truth.abs().max()) if truth.numel() else 1.0
-        tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=tolerance * scale)
+def definition(*arguments):
+    return reference.persample_layer_norm(*(None if t is None else t.double() for t in arguments))
+
+
+def assert_all_close(x, b, mean, rstd):
+    """To the rounding of sums, relative to what they would be if nothing cancelled."""
+    sizes = definition(x.abs(), b.abs(), None if mean is None else -mean.abs(), rstd)
+    for ours, truth, size in zip(run(x, b, mean, rstd), definition(x, b, mean, rstd), sizes, strict=True):
+        assert ours.dtype == torch.promote_types(x.dtype, torch.float32)
+        tolerance = 1e-14 if x.dtype == torch.float64 else 1e-6
+        largest = float(size.max()) if size.numel() else 0.0
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

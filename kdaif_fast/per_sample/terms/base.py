@@ -69,14 +69,20 @@ class Materialised(Term):
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
-        flat = self.values.reshape(self.samples, -1)
+        flat, directions = self._flat(), directions.flatten(1)
         wide = wide_dtype(flat.dtype)
-        return flat.to(wide) @ directions.reshape(len(directions), -1).to(wide).T
+        if flat.dtype != wide or directions.dtype != wide:
+            flat, directions = flat.to(wide), directions.to(wide)
+        return flat.mm(directions.t())
 
     def weighted(self, weights: Tensor) -> Tensor:
         """See Term."""
-        flat = self.values.reshape(self.samples, -1)
-        return (weights.to(flat.dtype) @ flat).view(self.shape)
+        flat = self._flat()
+        weights = weights if weights.dtype == flat.dtype else weights.to(flat.dtype)
+        return weights.matmul(flat).view(self.shape)
+
+    def _flat(self) -> Tensor:
+        return self.values if self.values.dim() == 2 else self.values.reshape(self.samples, -1)
 
     def squared_norms(self) -> Tensor:
         """See Term."""

@@ -23,6 +23,9 @@ class BroadcastTerm(Materialised):
     """
 
     def __init__(self, values: Tensor, layout: Layout, samples: int, shape: torch.Size) -> None:
+        if type(layout) is Layout and layout.axis == 0 and values.shape == (samples, *shape):  # a bias: nothing to sum
+            super().__init__(values)
+            return
         per_sample = layout.per_sample(values, samples)  # [N, k, other axes]
         missing = values.dim() - len(shape)
         axes, kept = [1], []

@@ -72,14 +72,16 @@ class GenericTerm(Term):
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""
-        b = self._first()
-        G = b.new_zeros(self.samples, *self.shape) if out is None else out.zero_()
-        unit = torch.zeros(self.samples, dtype=wide_dtype(b.dtype), device=b.device)
+        G = out
+        unit = torch.zeros(self.samples, dtype=torch.float32, device=self._first().device)
         for i in range(self.samples):
             unit[i] = 1
-            G[i] = self.weighted(unit).to_dense()
+            one = self.weighted(unit).to_dense()
+            if G is None:
+                G = one.new_empty(self.samples, *self.shape)
+            G[i] = one
             unit[i] = 0
-        return G
+        return self._first().new_zeros(0, *self.shape) if G is None else G
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
@@ -93,8 +95,9 @@ class GenericTerm(Term):
             dots: Any = 0
             for b, layout, tangent in zip(self.output_grads, self.layouts, tangents, strict=True):
                 if b is not None and layout is not None and tangent is not None:
-                    product = layout.per_sample(b * tangent, self.total)
-                    dots = dots + product.reshape(self.total, -1).sum(1, dtype=wide_dtype(b.dtype))
+                    product = (b.conj() * tangent).real if b.is_complex() else b * tangent
+                    product = layout.per_sample(product, self.total)
+                    dots = dots + product.reshape(self.total, -1).sum(1, dtype=wide_dtype(product.dtype))
             parts.append(dots[self.chosen.start : self.chosen.stop])
         return torch.stack(parts, 1) if parts else self._first().new_zeros(self.samples, 0)
 
@@ -115,7 +118,10 @@ class GenericTerm(Term):
         try:
             for v in directions:
                 found = iter(torch.autograd.grad(grad, wanted, v.to(grad.dtype), retain_graph=True, allow_unused=True))
-                results.append([None if u is None else next(found) for u in cotangents])
+                tangents = [None if u is None else next(found) for u in cotangents]
+                if all(tangent is None for tangent in tangents):  # cut off from b: once_differentiable does that
+                    return None
+                results.append(tangents)
         except RuntimeError as error:  # once_differentiable, or an op without second derivatives
             if "differentiable" not in str(error) and "derivative" not in str(error):
                 raise

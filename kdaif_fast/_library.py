@@ -23,6 +23,8 @@ CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _references: dict[Any, Callable[..., Any]] = {}
 _triton_kernels: dict[Any, Callable[..., Any]] = {}
+_compiled_cuda_kernels: dict[Any, Callable[..., Any]] = {}  # of ops for which Triton is asked first
+_triton_on_cuda: set[Any] = set()
 
 
 class MissingKernelsWarning(UserWarning):
@@ -96,7 +98,14 @@ def backends() -> dict[str, str]:
     return {"reference": "loaded", **_STATES}
 
 
-def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], triton: str | None = None) -> Any:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    triton: str | None = None,
+    triton_first: bool = False,
+) -> Any:
     """Define an op; each device takes the best kernel that is there: compiled, then Triton (CUDA), then reference.
 
     Args:
@@ -104,17 +113,35 @@ def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., An
         fake: gives shapes and dtypes only.
         reference: the definition.
         triton: the module of triton_kernels/ that has a function of the op's name. It is imported at the first launch.
+        triton_first: on CUDA Triton answers even where a kernel is compiled, which is registered as <op>_compiled.
     """
     name = LIBRARY.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _references[op] = reference
+    if triton_first:
+        _use_compiled(op, name, schema)
     if triton is not None and _STATES["triton"] == "loaded":
         _triton_kernels[op] = _lazy_triton(triton, name, reference)
-        if _STATES["cuda"] != "loaded":
+        if not _has_kernel(op, "CUDA"):
             LIBRARY.impl(name, _triton_kernels[op], "CUDA")
+            _triton_on_cuda.add(op)
     return op
+
+
+def _use_compiled(op: Any, name: str, schema: str) -> None:
+    """The compiled CUDA kernel of an op that asks Triton first: it answers where Triton is not there."""
+    compiled_name = LIBRARY.define(schema.replace(name, f"{name}_compiled", 1))
+    compiled = getattr(getattr(torch.ops, NAMESPACE), compiled_name).default
+    if _has_kernel(compiled, "CUDA"):
+        _compiled_cuda_kernels[op] = compiled
+        if _STATES["triton"] != "loaded":
+            LIBRARY.impl(name, compiled, "CUDA")
+
+
+def _has_kernel(op: Any, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
 
 
 def _lazy_triton(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,9 +155,9 @@ def _lazy_triton(module: str, name: str, reference: Callable[..., Any]) -> Calla
 
 def kernel_for(op: Any, device: str) -> str:
     """Which backend answers for an op on a device type ("cpu" or "cuda")."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.upper()):
+    if not _has_kernel(op, device.upper()):
         return "reference"
-    return "triton" if device == "cuda" and _STATES["cuda"] != "loaded" else device
+    return "triton" if device == "cuda" and op in _triton_on_cuda else device
 
 
 def ops() -> list[Any]:
@@ -170,7 +197,7 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend: name is {name!r}, expected one of {', '.join(BACKENDS)}")
     if backends()[name] != "loaded":
         raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
-    tables = {"reference": _references, "triton": _triton_kernels}
+    tables = {"reference": _references, "triton": _triton_kernels, "cuda": _compiled_cuda_kernels}
     with _Force(tables[name]) if name in tables else contextlib.nullcontext():
         yield
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(NVCC is None or not CSRC.exists(), reason="needs
 # By source: each kernel's instances, and the most registers that one of them takes (nvcc 13.0, sm_80 and sm_90; other
 # compilers may want a few more). What decides how many warps a multiprocessor holds should not change unseen.
 KERNELS = {
+    "persample_dot.cu": {"persample_dot_kernel": (4, 128), "sum_of_sample_kernel": (4, 32)},
     "row_divergence.cu": {
         "row_divergence_kernel": (22, 132),  # 11 kinds; 80 in float32
         "row_divergence_hvp_kernel": (22, 168),  # 117 in float32

@@ -146,6 +146,37 @@ def test_cuda_library_waits_for_a_torch_with_cuda(tmp_path, monkeypatch):
     assert "has no CUDA" in _library._load("cuda")
 
 
+ORDER_ON_CUDA = """
+import torch
+from kdaif_fast import _library
+compiled = torch.library.Library("kdaif_fast", "IMPL")
+for name in COMPILED:
+    compiled.impl(name, lambda x: x + 1, "CUDA")
+_library._STATES |= {"cuda": "loaded", "triton": TRITON}
+def one(name, **more):
+    return _library.define(f"{name}(Tensor x) -> Tensor", fake=torch.empty_like, reference=lambda x: x, **more)
+ops = (one("plain"), one("with_triton", triton="probe"), one("first", triton="probe", triton_first=True))
+print(*(_library.kernel_for(op, "cuda") for op in ops))
+print(*(op in _library._compiled_cuda_kernels for op in ops))
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiled", "triton", "answers"),
+    [
+        (["plain", "with_triton", "first_compiled"], "loaded", "cuda cuda triton"),
+        (["plain", "with_triton", "first_compiled"], "not installed", "cuda cuda cuda"),
+        ([], "loaded", "reference triton triton"),
+        ([], "not installed", "reference reference reference"),
+    ],
+)
+def test_order_of_kernels_on_cuda(compiled, triton, answers):
+    """Compiled, Triton, reference, for each op by itself; Triton before compiled where that is said."""
+    code = ORDER_ON_CUDA.replace("COMPILED", repr(compiled)).replace("TRITON}", f"{triton!r}}}")
+    result = python(code, PYTHONWARNINGS="error")
+    assert result.stdout.splitlines() == [answers, f"False False {'first_compiled' in compiled}"]
+
+
 class TestForcing:
     def called(self, monkeypatch):
         calls = []

@@ -20,6 +20,8 @@ _persample_dot = define(
     "persample_dot(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor",
     fake=_fake,
     reference=reference.persample_dot,
+    triton="persample_dot",
+    triton_first=True,
 )
 
 

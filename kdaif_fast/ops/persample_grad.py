@@ -43,6 +43,7 @@ _persample_grad = define(
     "persample_grad(Tensor inputs, Tensor output_grads) -> Tensor",
     fake=_fake,
     reference=reference.persample_grad,
+    triton="persample_grad",
 )
 _persample_grad_dots = define(
     "persample_grad_dots(Tensor inputs, Tensor output_grads, Tensor directions) -> (Tensor, Tensor)",

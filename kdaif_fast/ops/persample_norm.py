@@ -19,6 +19,7 @@ _persample_norm = define(
     "persample_norm(Tensor inputs, Tensor output_grads) -> Tensor",
     fake=_fake,
     reference=reference.persample_norm,
+    triton="persample_norm",
 )
 
 

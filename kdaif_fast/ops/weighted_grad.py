@@ -18,6 +18,7 @@ _weighted_grad = define(
     "weighted_grad(Tensor inputs, Tensor output_grads, Tensor weights) -> Tensor",
     fake=_fake,
     reference=reference.weighted_grad,
+    triton="weighted_grad",
 )
 
 

@@ -23,6 +23,7 @@ def deliver(terms: Terms, weights: Tensor, reached: Iterable[Tensor] = ()) -> No
     """
     served = {id(parameter) for path, _ in terms for parameter in path.parameters.values()}
     to_leaves: dict[Tensor, Terms] = {parameter: [] for parameter in reached if id(parameter) not in served}
+    terms.reverse()  # in the order they came: the last layers' inputs and output gradients are freed first
     edges: list[GradientEdge] = []
     grads: list[Tensor] = []
     while terms:

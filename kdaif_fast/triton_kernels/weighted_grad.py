@@ -1,0 +1,150 @@
+"""weighted_grad in Triton: sum_i w_i sum_t b_it a_it^T, a matrix product over all samples' positions.
+
+A program owns a tile of the result and a part of the positions; b is weighted as it is loaded, so that no weighted copy
+of B exists. Where the tiles alone would leave a GPU idle, the positions are cut into parts, whose sums a second stage
+adds. No atomics: results repeat bit for bit.
+
+w b is rounded to bfloat16 for bfloat16 tensors, as it is in the gradient of a weighted loss. float16 is widened and
+multiplied in TF32, which has float16's digits: weights such as 1 / N would push gradients out of float16's range.
+
+Floor: 2 N T O I operations; N T (I + O) elements read. Memory: the result, and 4 O I bytes a part where there are
+several.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .persample_tiles import (
+    Product,
+    candidates,
+    extent,
+    gradient_tile,
+    index_type,
+    on_device_of,
+    parts_for,
+    product_of,
+    tuned,
+)
+
+SMALLEST_PART = 512  # positions
+
+
+@triton.jit(do_not_specialize=["parts", "part"])
+def _weighted_grad_kernel(
+    inputs,  # [N, T, I]
+    output_grads,  # [N, T, O]
+    weights,  # [N]
+    sums,  # [parts, O, I], dense
+    positions,  # N T
+    T,
+    features,
+    outputs,
+    parts,
+    part,  # positions of a part
+    a_sample,  # strides
+    a_position,
+    a_feature,
+    b_sample,
+    b_position,
+    b_feature,
+    weight_stride,
+    ROWS: tl.constexpr,  # outputs
+    COLUMNS: tl.constexpr,  # inputs
+    DEPTH: tl.constexpr,  # positions
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    wide = tl.cdiv(features, COLUMNS)
+    tiles = tl.cdiv(outputs, ROWS) * wide
+    # Programs that run at the same time share their positions, so that A and B are read from memory once.
+    which = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    o = (tile // wide * ROWS + tl.arange(0, ROWS)).to(INDEX)
+    i = (tile % wide * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
+    # Positions are counted from the part's first sample on: 32 bits hold a part, though perhaps not N T.
+    start = which * part
+    sample = start // T
+    first = (start - sample * T).to(tl.int32)
+    last = first + tl.minimum(part, positions - start).to(tl.int32)
+    sum_of_part = gradient_tile(
+        inputs + sample * a_sample, output_grads + sample * b_sample, weights + sample * weight_stride, first, last, T,
+        o, i, outputs, features, a_sample, a_position, a_feature, b_sample, b_position, b_feature, weight_stride,
+        True, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX,
+    )  # fmt: skip
+    sums += which * outputs * features
+    tl.store(
+        sums + (o[:, None] * features + i[None, :]), sum_of_part, mask=(o < outputs)[:, None] & (i < features)[None, :]
+    )
+
+
+class Parts(NamedTuple):
+    """Into how many parts the positions are cut, and how many are in one."""
+
+    number: int
+    positions: int
+
+
+def parts_of_positions(positions: int, outputs: int, features: int, elements: int) -> Parts:
+    """Parts enough for a GPU to be busy, and so many that 32 bits hold an offset within one."""
+    tiles = triton.cdiv(outputs, 64) * triton.cdiv(features, 64)
+    wanted = max(parts_for(positions, tiles, SMALLEST_PART), triton.cdiv(elements, 2**30))
+    size = triton.cdiv(triton.cdiv(positions, wanted), 32) * 32
+    return Parts(triton.cdiv(positions, size), size)
+
+
+def product_of_weighted(inputs: Tensor, output_grads: Tensor) -> Product:
+    """As product_of, but for float16, whose range w b may leave."""
+    product = product_of(inputs, output_grads)
+    return (
+        product._replace(wide=True, precision="tf32")
+        if inputs.dtype == output_grads.dtype == torch.float16
+        else product
+    )
+
+
+def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:
+    """[N, T, I], [N, T, O], [N] -> [O, I] in the inputs' dtype. Any strides; float32, bfloat16, float16."""
+    N, T, features = inputs.shape
+    outputs = output_grads.shape[2]
+    if 0 in (N, T, features, outputs):
+        return torch.zeros((outputs, features), dtype=inputs.dtype, device=inputs.device)
+    elements = max(extent(inputs, N), extent(output_grads, N))
+    parts = parts_of_positions(N * T, outputs, features, elements)
+    # One part is rounded once, as it is stored.
+    dtype = inputs.dtype if parts.number == 1 else torch.float32
+    sums = torch.empty((parts.number, outputs, features), dtype=dtype, device=inputs.device)
+    product = product_of_weighted(inputs, output_grads)
+    blocks = candidates(outputs, features, parts.positions, product)
+    kernel = tuned(_weighted_grad_kernel, blocks, ("features", "outputs", "PRECISION"))
+    samples_of_part = min(N, triton.cdiv(parts.positions, T) + 1)
+    extents = [extent(x, samples_of_part) for x in (inputs, output_grads, weights)]
+    with on_device_of(inputs):
+        kernel[
+            lambda chosen: (
+                parts.number * triton.cdiv(outputs, chosen["ROWS"]) * triton.cdiv(features, chosen["COLUMNS"]),
+            )
+        ](
+            inputs,
+            output_grads,
+            weights,
+            sums,
+            N * T,
+            T,
+            features,
+            outputs,
+            *parts,
+            *inputs.stride(),
+            *output_grads.stride(),
+            weights.stride(0),
+            WIDE=product.wide,
+            PRECISION=product.precision,
+            INDEX=index_type(outputs * features, *extents),
+        )
+    return sums[0] if parts.number == 1 else sums.sum(0).to(inputs.dtype)

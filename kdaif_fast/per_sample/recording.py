@@ -26,6 +26,7 @@ from .._model import (
     unpack_batch,
 )
 from .graph import Edge, Graph
+from .layout import Layout, explains
 from .module_rules import Block, module_terms, watched
 from .paths import Path, Route
 from .plan import Junction, Plan, make_plan
@@ -112,7 +113,16 @@ class Recording:
         if root is losses:
             cotangent = torch.ones_like(losses) if scale is None else torch.ones_like(losses) * scale
             return losses.detach(), root, cotangent
-        (cotangent,) = torch.autograd.grad(total, cut)
+        may_be_turned = self._loss is not None and len(losses) in cut.shape[1:]
+        (cotangent,) = torch.autograd.grad(total, cut, retain_graph=may_be_turned)
+        if may_be_turned:
+            factors = torch.exp2(-(torch.arange(len(losses), device=losses.device) % 8)).to(losses.dtype)
+            scaled = (losses * factors).sum() if scale is None else (losses * factors).sum() * scale
+            if not explains(Layout(0), cotangent, torch.autograd.grad(scaled, cut)[0], factors):
+                raise ValueError(
+                    f"loss reads outputs of shape {tuple(cut.shape)} for {self._name} so that the loss of sample i "
+                    "depends on more than outputs[i]; expected samples along the first axis"
+                )
         return losses.detach(), root, cotangent
 
     def _require_leading(self, samples: int | None) -> None:
@@ -283,6 +293,10 @@ class Recording:
     def leaf(self, name: str) -> Edge:
         """The edge of a parameter."""
         return next((at, 0) for at, leaf in self._graph.leaves.items() if leaf == name)
+
+    def reached(self) -> list[Tensor]:
+        """The parameters that the losses' graph leads to."""
+        return [self.parameters[name] for name in self._graph.leaves.values()]
 
     def uses(self, name: str) -> int:
         """How many terms there will be for a parameter; none for one that does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ from .terms import Term
 Terms = list[tuple[Path, Term]]
 
 
-def deliver(terms: Terms, weights: Tensor) -> None:
-    """Add sum_i w_i G_i of every term to its parameters' `.grad`. Empties the list: memory is freed on the way."""
+def deliver(terms: Terms, weights: Tensor, reached: Iterable[Tensor] = ()) -> None:
+    """Add sum_i w_i G_i of every term to its parameters' `.grad`. Empties the list: memory is freed on the way.
+
+    Parameters that the graph reaches, but no gradient (behind a layer of zeros), get zeros, as in a backward pass:
+    DistributedDataParallel waits for them.
+    """
+    served = {id(parameter) for path, _ in terms for parameter in path.parameters.values()}
+    to_leaves: dict[Tensor, Terms] = {parameter: [] for parameter in reached if id(parameter) not in served}
     terms.reverse()  # in the order they came: the last layers' inputs and output gradients are freed first
-    to_leaves: dict[Tensor, Terms] = {}
     edges: list[GradientEdge] = []
     grads: list[Tensor] = []
     while terms:
@@ -45,7 +51,7 @@ class _Source(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, terms: list[Terms], weights: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.terms, ctx.weights = terms, weights
+        ctx.terms, ctx.weights, ctx.leaves = terms, weights, leaves
         return weights.new_zeros(())
 
     @staticmethod
@@ -53,7 +59,7 @@ class _Source(torch.autograd.Function):
         grads: list[Tensor] = []
         waiting = ctx.terms[::-1]
         del ctx.terms
-        while waiting:
+        for leaf in ctx.leaves:
             here = waiting.pop()
             total = None
             while here:
@@ -61,7 +67,6 @@ class _Source(torch.autograd.Function):
                 grad = path.leaf_grad(term.weighted(ctx.weights))
                 total = grad if total is None else total + grad
                 del term, grad
-            assert total is not None
-            grads.append(total)
+            grads.append(torch.zeros_like(leaf) if total is None else total)
             del total
         return (None, None, *grads)

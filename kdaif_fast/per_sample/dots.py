@@ -17,6 +17,7 @@ from .recording import Recording
 from .terms import Term
 
 
+@torch.inference_mode(False)
 def per_sample_grad_dots(
     model: nn.Module,
     batch: Any,

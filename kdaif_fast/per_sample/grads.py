@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
@@ -14,6 +15,7 @@ from .recording import Recording
 from .terms import Term
 
 
+@torch.inference_mode(False)
 def per_sample_grads(
     model: nn.Module,
     batch: Any,
@@ -74,7 +76,7 @@ def per_sample_grads(
         if name not in grads:
             buffer = buffers.get(name)
             grads[name] = parameter.new_zeros(recording.samples, *parameter.shape) if buffer is None else buffer.zero_()
-    return {name: grads[name].detach() for name in recording.parameters}
+    return {name: buffers.get(name, grads[name].detach()) for name in recording.parameters}
 
 
 def _add_term(

@@ -14,6 +14,7 @@ from .independence import require_independence
 from .recording import Recording
 
 
+@torch.inference_mode(False)
 def per_sample_grad_norms(
     model: nn.Module,
     batch: Any,

@@ -15,6 +15,7 @@ from .terms import LinearTerm
 from .terms.base import BLOCK_ELEMENTS
 
 
+@torch.inference_mode(False)
 def pairwise_grad_dots(
     model: nn.Module,
     batch_a: Any,

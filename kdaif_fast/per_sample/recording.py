@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from .._model import (
     unpack_batch,
 )
 from .graph import Edge, Graph
+from .layout import Layout, explains
 from .module_rules import Block, module_terms, watched
-from .paths import Path
+from .paths import Path, Route
 from .plan import Junction, Plan, make_plan
 from .probe import probe
 from .rules import NODE_RULES, Meeting, NoRule
@@ -112,7 +113,16 @@ class Recording:
         if root is losses:
             cotangent = torch.ones_like(losses) if scale is None else torch.ones_like(losses) * scale
             return losses.detach(), root, cotangent
-        (cotangent,) = torch.autograd.grad(total, cut)
+        may_be_turned = self._loss is not None and len(losses) in cut.shape[1:]
+        (cotangent,) = torch.autograd.grad(total, cut, retain_graph=may_be_turned)
+        if may_be_turned:
+            factors = torch.exp2(-(torch.arange(len(losses), device=losses.device) % 8)).to(losses.dtype)
+            scaled = (losses * factors).sum() if scale is None else (losses * factors).sum() * scale
+            if not explains(Layout(0), cotangent, torch.autograd.grad(scaled, cut)[0], factors):
+                raise ValueError(
+                    f"loss reads outputs of shape {tuple(cut.shape)} for {self._name} so that the loss of sample i "
+                    "depends on more than outputs[i]; expected samples along the first axis"
+                )
         return losses.detach(), root, cotangent
 
     def _require_leading(self, samples: int | None) -> None:
@@ -241,43 +251,52 @@ class Recording:
         for junction in self._plan.junctions:
             node = self._graph.nodes[junction.node]
             rule = NODE_RULES.get(node.name())
-            names = rule.saved if rule is not None else ()
-            if any(_is_checkpointed(getattr(node, f"_raw_saved_{name}", None)) for name in names):
-                found[junction.node] = {name: getattr(node, f"_saved_{name}") for name in names}
+            names = () if rule is None else rule.saved
+            for name in names:
+                raw = getattr(node, f"_raw_saved_{name}", None)
+                if _is_checkpointed(raw):
+                    found[junction.node] = {each: getattr(node, f"_saved_{each}") for each in names}
+                if raw is not None and raw.data is not None:  # a layer's saved tensors are all kept in the same way
+                    break
         return found
 
     def _terms(
         self, junction: Junction, grads: tuple[Tensor | None, ...], saved: dict[str, Any] | None
     ) -> tuple[list[tuple[Path, Term]], bool]:
         """The terms of one junction, with the paths from the parameters; and whether any is generic."""
-        children = self._graph.children[junction.node]
         if junction.block is not None:
             return module_terms(self._blocks[junction.block], grads[0], junction.layouts[0], self.samples, self), False
-        edges: dict[int, Edge] = {at: edge for at in junction.edges if (edge := children[at]) is not None}
-        node = self._graph.nodes[junction.node]
-        shapes = {at: self._graph.shape(edge) for at, edge in edges.items()}
-        rule, terms, is_generic = NODE_RULES.get(node.name()), None, False
+        edges, node = junction.edges, self._graph.nodes[junction.node]
+        rule, is_generic = NODE_RULES.get(node.name()), False
+        terms: Mapping[int, Term] | None = None
         if rule is not None:
             try:
-                terms = rule.make(Meeting(node, grads, junction.layouts, self.samples, shapes, saved))
+                terms = rule.make(Meeting(node, grads, junction.layouts, self.samples, edges, self._graph, saved))
             except NoRule:
                 terms = None
         if terms is None:
             is_generic = True
             grads = tuple(None if at is None else g for g, at in zip(grads, junction.layouts, strict=True))
-            made = {at: GenericTerm(node, at, grads, junction.layouts, self.samples, shapes[at]) for at in edges}
-            terms = dict(made)
+            shapes = {at: self._graph.shape(edge) for at, edge in edges.items()}
+            terms = {at: GenericTerm(node, at, grads, junction.layouts, self.samples, shapes[at]) for at in edges}
         return [(self.path(edges[at]), term) for at, term in terms.items()], is_generic
 
     def path(self, edge: Edge) -> Path:
         """The path from the parameters to a tensor, made once."""
         if edge not in self._paths:
-            self._paths[edge] = Path(self._graph, edge, self.parameters)
+            route = self._plan.routes.get(edge)
+            if route is None:
+                route = self._plan.routes[edge] = Route(self._graph, edge)
+            self._paths[edge] = Path(self._graph, edge, route, self.parameters)
         return self._paths[edge]
 
     def leaf(self, name: str) -> Edge:
         """The edge of a parameter."""
         return next((at, 0) for at, leaf in self._graph.leaves.items() if leaf == name)
+
+    def reached(self) -> list[Tensor]:
+        """The parameters that the losses' graph leads to."""
+        return [self.parameters[name] for name in self._graph.leaves.values()]
 
     def uses(self, name: str) -> int:
         """How many terms there will be for a parameter; none for one that does nothing."""

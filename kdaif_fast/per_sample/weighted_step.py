@@ -30,6 +30,7 @@ class WeightedStep(NamedTuple):
     weights: Tensor
 
 
+@torch.inference_mode(False)
 def weighted_step(
     model: nn.Module,
     batch: Any,
@@ -119,7 +120,7 @@ def weighted_step(
         weights = weights.detach().to(device=recording.losses.device)
         by_sample = weights.to(torch.promote_types(weights.dtype, wide_dtype(recording.losses.dtype)))
         by_sample = by_sample / (recording.samples if divisor is None else divisor)
-        deliver(terms, by_sample)
+        deliver(terms, by_sample, recording.reached())
     return WeightedStep(recording.losses, phi, weights)
 
 

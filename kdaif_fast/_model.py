@@ -84,7 +84,9 @@ def unpack_batch(batch: Any, name: str) -> Batch:
                     f"{name}: {part} has a {type(leaf).__name__} of NumPy, expected tensors (torch.as_tensor)"
                 )
     # Tensors made in inference mode cannot take part in derivatives; copies of them can.
-    return Batch(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, tuple(samples)))
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(tuple(samples))):
+        return Batch(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tuple(samples)))
+    return samples
 
 
 def plain_model(model: Any) -> nn.Module:

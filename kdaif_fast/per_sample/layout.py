@@ -103,7 +103,7 @@ class Scattered(Layout):
 def find_layouts(plain: Tensor, scaled: Tensor, exponents: Tensor) -> list[Layout]:
     """The layouts that explain why gradients shrank as they did when sample i's loss was scaled by 2^exponents[i].
 
-    None if no layout with whole axes does; more than one only where most gradients are zero. Powers of two scale
+    None of them if no order along one axis does; more than one only where most gradients are zero. Powers of two scale
     without rounding, so a wrong layout fits by no accident.
     """
     samples = len(exponents)

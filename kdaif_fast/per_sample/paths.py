@@ -29,32 +29,57 @@ _REARRANGING = {
 }
 
 
+class Route:
+    """What nodes lie between the leaves and one tensor made of parameters only: the same for all graphs of one key.
+
+    Attributes:
+        names: of the leaves.
+        is_short: whether there are only transposes and casts of one parameter.
+        transposes: whether these swap rows and columns.
+        rearranges: whether it only rearranges (and casts) one parameter.
+        chain: the kinds of node, from the tensor to the leaf, if no two paths meet.
+    """
+
+    def __init__(self, graph: Graph, edge: Edge) -> None:
+        chain, here = [], edge[0]
+        while here not in graph.leaves and len(graph.children[here]) == 1 and graph.children[here][0] is not None:
+            chain.append(graph.name(here))
+            here = graph.children[here][0][0]  # type: ignore[index]
+        single = here in graph.leaves
+        self.names = [graph.leaves[here]] if single else _names_below(graph, edge[0])
+        self.is_short = single and all(name in ("TBackward0", "ToCopyBackward0") for name in chain)
+        self.transposes = chain.count("TBackward0") % 2 == 1
+        self.rearranges = single and all(name in _REARRANGING for name in chain)
+        self.chain = tuple(chain)
+
+
 class Path:
-    """What lies between the leaves and one tensor made of parameters only.
+    """One route in one graph, with the tensors at its ends.
 
     Attributes:
         parameters: the leaves, by name.
         edge: the tensor, as autograd's functions take it.
         leaf: the parameter, if there is nothing but transposes and casts in between; its gradient is `leaf_grad`.
         rearranges: whether it only rearranges (and casts) one parameter.
-        kind: the same for paths that do the same to the same parameter.
     """
 
-    def __init__(self, graph: Graph, edge: Edge, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, edge: Edge, route: Route, parameters: Mapping[str, Tensor]) -> None:
         self.edge = GradientEdge(graph.nodes[edge[0]], edge[1])
-        self.shape = graph.shape(edge)
-        chain, here = [], edge[0]
-        while here not in graph.leaves and len(graph.children[here]) == 1 and graph.children[here][0] is not None:
-            chain.append(graph.name(here))
-            here = graph.children[here][0][0]  # type: ignore[index]
-        names = [graph.leaves[here]] if here in graph.leaves else _names_below(graph, edge[0])
-        self.parameters = {name: parameters[name] for name in names}
-        self._simple = here in graph.leaves and all(name in ("TBackward0", "ToCopyBackward0") for name in chain)
-        self._transposes = chain.count("TBackward0") % 2 == 1
-        self.rearranges = here in graph.leaves and all(name in _REARRANGING for name in chain)
-        self.kind = (*chain, *names, *self.shape)
+        self.parameters = {name: parameters[name] for name in route.names}
+        self.rearranges, self._route, self._transposes = route.rearranges, route, route.transposes
+        self._simple = route.is_short
         # Straight to the leaf: nothing in between needs to run.
-        self.leaf = next(iter(self.parameters.values())) if self._simple else None
+        self.leaf = parameters[route.names[0]] if route.is_short else None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return torch.Size(self.edge.node._input_metadata[self.edge.output_nr].shape)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """The same for paths that do the same to the same parameter."""
+        return (*self._route.chain, *self.parameters, *self.shape)
 
     def push(self, directions: Mapping[str, Tensor]) -> Tensor:
         """How the tensor changes along directions in the parameters: {name: [K, *leaf]} -> [K, *shape]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import Size
 from .graph import Edge, Graph
 from .layout import Layout, Scattered
 from .module_rules import Block
+from .paths import Route
 from .probe import Found, Layouts
 
 # Nodes that may put rows into an order that depends on the data, which then holds for one batch only.
@@ -38,14 +39,14 @@ class Junction:
     Args:
         node: its position in the graph.
         layouts: of each of the node's outputs; None for outputs without gradient.
-        edges: which of its inputs come from parameters, directly or through other nodes.
+        edges: of its inputs that come from parameters, directly or through other nodes, by their position.
         executed: whether a backward pass to all junctions runs through it, rather than end there.
         block: which of the modules with a rule of their own it is the output of, if it is.
     """
 
     node: int
     layouts: tuple[Layout | None, ...]
-    edges: tuple[int, ...]
+    edges: dict[int, Edge]
     executed: bool
     block: int | None = None
 
@@ -59,6 +60,7 @@ class Plan:
         uses: how many edges lead to each parameter.
         lasting: whether it holds for later batches too.
         ordered: nodes that keep the samples' order only as long as their indices do.
+        routes: from the parameters to the junctions, as far as they have been followed.
         generic: the junctions without a rule, for tensors of shapes that have been tried.
         shared_shapes: of the tensors made of parameters only, at the junctions: they do not change with the batch.
     """
@@ -68,6 +70,7 @@ class Plan:
     lasting: bool
     ordered: list[int]
     shared_shapes: dict[Edge, Size]
+    routes: dict[Edge, Route] = field(default_factory=dict)
     generic: dict[tuple[Size, ...], set[int]] = field(default_factory=dict)
 
     def fits(self, graph: Graph, samples: int) -> bool:
@@ -93,7 +96,7 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
     """Cut the graph where a tensor that belongs to samples is made from one that does not."""
     below = graph.parameters_below()
     lasting, ordered = True, []
-    edges: dict[int, tuple[int, ...]] = {}
+    edges: dict[int, dict[int, Edge]] = {}
     shared: dict[Edge, Size] = {}
     uses: Counter[str] = Counter()
     inside = {node for block in blocks for node in block.inside}
@@ -113,22 +116,22 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
         if _mixes_rows(graph, here, found):
             lasting = False
         if here in outputs:
-            edges[here] = ()
+            edges[here] = {}
             uses.update(list(blocks[outputs[here]].parameters))
         if here in inside:
             continue
-        chosen = []
+        chosen: dict[int, Edge] = {}
         for position, edge in enumerate(graph.children[here]):
             if edge is None or not below[edge[0]]:
                 continue
             if edge[0] in graph.leaves or found.get(edge) is Found.SHARED:
-                chosen.append(position)
+                chosen[position] = edge
                 uses.update(below[edge[0]])
                 shared[edge] = graph.shape(edge)
             elif found.get(edge) is Found.SILENT:
                 lasting = False
         if chosen:
-            edges[here] = tuple(chosen)
+            edges[here] = chosen
     reached = _leads_to_junction(graph, edges)
     junctions = [
         Junction(
@@ -168,7 +171,7 @@ def _mixes_rows(graph: Graph, node: int, found: Layouts) -> bool:
     return by_row or by_column
 
 
-def _leads_to_junction(graph: Graph, junctions: dict[int, tuple[int, ...]]) -> list[bool]:
+def _leads_to_junction(graph: Graph, junctions: Container[int]) -> list[bool]:
     reached = [False] * len(graph.nodes)
     for here in graph.bottom_up():
         reached[here] = here in junctions or any(edge is not None and reached[edge[0]] for edge in graph.children[here])

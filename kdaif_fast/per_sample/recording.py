@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .._model import (
 from .graph import Edge, Graph
 from .layout import Layout, explains
 from .module_rules import Block, module_terms, watched
-from .paths import Path
+from .paths import Path, Route
 from .plan import Junction, Plan, make_plan
 from .probe import probe
 from .rules import NODE_RULES, Meeting, NoRule
@@ -251,38 +251,43 @@ class Recording:
         for junction in self._plan.junctions:
             node = self._graph.nodes[junction.node]
             rule = NODE_RULES.get(node.name())
-            names = rule.saved if rule is not None else ()
-            if any(_is_checkpointed(getattr(node, f"_raw_saved_{name}", None)) for name in names):
-                found[junction.node] = {name: getattr(node, f"_saved_{name}") for name in names}
+            names = () if rule is None else rule.saved
+            for name in names:
+                raw = getattr(node, f"_raw_saved_{name}", None)
+                if _is_checkpointed(raw):
+                    found[junction.node] = {each: getattr(node, f"_saved_{each}") for each in names}
+                if raw is not None and raw.data is not None:  # a layer's saved tensors are all kept in the same way
+                    break
         return found
 
     def _terms(
         self, junction: Junction, grads: tuple[Tensor | None, ...], saved: dict[str, Any] | None
     ) -> tuple[list[tuple[Path, Term]], bool]:
         """The terms of one junction, with the paths from the parameters; and whether any is generic."""
-        children = self._graph.children[junction.node]
         if junction.block is not None:
             return module_terms(self._blocks[junction.block], grads[0], junction.layouts[0], self.samples, self), False
-        edges: dict[int, Edge] = {at: edge for at in junction.edges if (edge := children[at]) is not None}
-        node = self._graph.nodes[junction.node]
-        shapes = {at: self._graph.shape(edge) for at, edge in edges.items()}
-        rule, terms, is_generic = NODE_RULES.get(node.name()), None, False
+        edges, node = junction.edges, self._graph.nodes[junction.node]
+        rule, is_generic = NODE_RULES.get(node.name()), False
+        terms: Mapping[int, Term] | None = None
         if rule is not None:
             try:
-                terms = rule.make(Meeting(node, grads, junction.layouts, self.samples, shapes, saved))
+                terms = rule.make(Meeting(node, grads, junction.layouts, self.samples, edges, self._graph, saved))
             except NoRule:
                 terms = None
         if terms is None:
             is_generic = True
             grads = tuple(None if at is None else g for g, at in zip(grads, junction.layouts, strict=True))
-            made = {at: GenericTerm(node, at, grads, junction.layouts, self.samples, shapes[at]) for at in edges}
-            terms = dict(made)
+            shapes = {at: self._graph.shape(edge) for at, edge in edges.items()}
+            terms = {at: GenericTerm(node, at, grads, junction.layouts, self.samples, shapes[at]) for at in edges}
         return [(self.path(edges[at]), term) for at, term in terms.items()], is_generic
 
     def path(self, edge: Edge) -> Path:
         """The path from the parameters to a tensor, made once."""
         if edge not in self._paths:
-            self._paths[edge] = Path(self._graph, edge, self.parameters)
+            route = self._plan.routes.get(edge)
+            if route is None:
+                route = self._plan.routes[edge] = Route(self._graph, edge)
+            self._paths[edge] = Path(self._graph, edge, route, self.parameters)
         return self._paths[edge]
 
     def leaf(self, name: str) -> Edge:

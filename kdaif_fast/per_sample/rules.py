@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.persample_group_norm import persample_group_norm
 from ..ops.persample_layer_norm import persample_layer_norm
+from .graph import Edge, Graph
 from .layout import Layout, Scattered
 from .terms import BroadcastTerm, ConvolutionTerm, EmbeddingTerm, LinearTerm, Materialised, Term
 from .terms.convolution import Convolution
@@ -27,7 +28,8 @@ class Meeting:
         output_grads: one for each of its outputs; None where there is none.
         layouts: of these.
         samples: N.
-        shapes: of the inputs that come from parameters, by their position.
+        edges: of the inputs that come from parameters, by their position.
+        graph: theirs.
         saved: what the node has saved, if it had to be read early.
     """
 
@@ -37,11 +39,16 @@ class Meeting:
         output_grads: Sequence[Tensor | None],
         layouts: Sequence[Layout | None],
         samples: int,
-        shapes: dict[int, torch.Size],
+        edges: dict[int, Edge],
+        graph: Graph,
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.node, self.output_grads, self.layouts, self.samples = node, output_grads, layouts, samples
-        self.shapes, self._saved = shapes, saved
+        self.edges, self._graph, self._saved = edges, graph, saved
+
+    def shape(self, position: int) -> torch.Size:
+        """The shape of an input that comes from parameters."""
+        return self._graph.shape(self.edges[position])
 
     def saved(self, name: str) -> Any:
         """What the node has saved of its forward pass."""
@@ -79,7 +86,7 @@ class Meeting:
     def broadcast(self, values: Tensor, position: int) -> Term:
         """The term of a parameter that was broadcast to the node's output."""
         try:
-            return BroadcastTerm(values, self.layout, self.samples, self.shapes[position])
+            return BroadcastTerm(values, self.layout, self.samples, self.shape(position))
         except NotImplementedError:
             raise NoRule from None
 
@@ -110,11 +117,11 @@ def node_rule(*names: str, saved: tuple[str, ...] = ()) -> Callable[[Rule], Rule
 def _product(m: Meeting, left: str, right: str, left_at: int, right_at: int) -> dict[int, Term]:
     """z = left @ right, both matrices; samples are rows of z, or its columns."""
     terms: dict[int, Term] = {}
-    if right_at in m.shapes:
+    if right_at in m.edges:
         if m.layout.axis != 0:
             raise NoRule
         terms[right_at] = LinearTerm(m.positions(m.saved(left)), m.positions(m.b), transposed=True)
-    if left_at in m.shapes:
+    if left_at in m.edges:
         if m.layout.axis != 1:
             raise NoRule
         columns = Layout(0, m.layout.interleaved)
@@ -128,7 +135,7 @@ def _addmm(m: Meeting) -> dict[int, Term]:
     if m.saved("alpha") != 1 or m.saved("beta") != 1:
         raise NoRule
     terms = _product(m, "mat1", "mat2", 1, 2)
-    if 0 in m.shapes:
+    if 0 in m.edges:
         terms[0] = m.broadcast(m.b, 0)
     return terms
 
@@ -140,27 +147,27 @@ def _mm(m: Meeting) -> dict[int, Term]:
 
 @node_rule("MvBackward0", saved=("self",))
 def _mv(m: Meeting) -> dict[int, Term]:
-    if 0 in m.shapes or m.layout.axis != 0:
+    if 0 in m.edges or m.layout.axis != 0:
         raise NoRule
-    return {1: LinearTerm(m.positions(m.saved("self")), m.positions(m.b.unsqueeze(1)), shape=m.shapes[1])}
+    return {1: LinearTerm(m.positions(m.saved("self")), m.positions(m.b.unsqueeze(1)), shape=m.shape(1))}
 
 
 @node_rule("BmmBackward0", saved=("self", "mat2"))
 def _bmm(m: Meeting) -> dict[int, Term]:
-    if m.b.shape[0] != 1 or m.layout.axis != 1 or 0 in m.shapes:
+    if m.b.shape[0] != 1 or m.layout.axis != 1 or 0 in m.edges:
         raise NoRule
     a, b = (Layout(0, m.layout.interleaved).per_sample(x[0], m.samples) for x in (m.saved("self"), m.b))
-    return {1: LinearTerm(a, b, transposed=True, shape=m.shapes[1])}
+    return {1: LinearTerm(a, b, transposed=True, shape=m.shape(1))}
 
 
 @node_rule("LinearBackward0", saved=("input",))
 def _linear(m: Meeting) -> dict[int, Term]:
     terms: dict[int, Term] = {}
-    if 0 in m.shapes:
+    if 0 in m.edges:
         raise NoRule
-    if 1 in m.shapes:
+    if 1 in m.edges:
         terms[1] = LinearTerm(m.positions(m.saved("input")), m.positions(m.b))
-    if 2 in m.shapes:
+    if 2 in m.edges:
         terms[2] = m.broadcast(m.b, 2)
     return terms
 
@@ -168,21 +175,21 @@ def _linear(m: Meeting) -> dict[int, Term]:
 @node_rule("TrilinearBackward0", saved=("i1", "i3", "sumdim"))
 def _bilinear(m: Meeting) -> dict[int, Term]:
     # nn.Bilinear calls it on [R, 1, I1, 1], [1, O, I1, I2], [R, 1, 1, I2], summed over the last two: z is [R, O].
-    if list(m.shapes) != [1] or list(m.saved("sumdim")) != [2, 3] or m.layout.axis != 0 or m.b.dim() != 2:
+    if list(m.edges) != [1] or list(m.saved("sumdim")) != [2, 3] or m.layout.axis != 0 or m.b.dim() != 2:
         raise NoRule
     x, y = m.positions(m.saved("i1")), m.positions(m.saved("i3"))
     pairs = (x.unsqueeze(3) * y.unsqueeze(2)).flatten(2)
-    return {1: LinearTerm(pairs, m.positions(m.b), shape=m.shapes[1])}
+    return {1: LinearTerm(pairs, m.positions(m.b), shape=m.shape(1))}
 
 
 @node_rule("AddBackward0", saved=("alpha",))
 def _add(m: Meeting) -> dict[int, Term]:
-    return {at: m.broadcast(m.b if at == 0 else _times(m.b, m.saved("alpha")), at) for at in m.shapes}
+    return {at: m.broadcast(m.b if at == 0 else _times(m.b, m.saved("alpha")), at) for at in m.edges}
 
 
 @node_rule("SubBackward0", saved=("alpha",))
 def _sub(m: Meeting) -> dict[int, Term]:
-    return {at: m.broadcast(m.b if at == 0 else _times(m.b, -m.saved("alpha")), at) for at in m.shapes}
+    return {at: m.broadcast(m.b if at == 0 else _times(m.b, -m.saved("alpha")), at) for at in m.edges}
 
 
 def _times(b: Tensor, factor: float) -> Tensor:
@@ -196,22 +203,22 @@ def _expand(m: Meeting) -> dict[int, Term]:
 
 @node_rule("RepeatBackward0", saved=("repeats",))
 def _repeat(m: Meeting) -> dict[int, Term]:
-    if m.b.dim() != 1 or len(m.shapes[0]) != 1 or m.layout.interleaved:
+    if m.b.dim() != 1 or len(m.shape(0)) != 1 or m.layout.interleaved:
         raise NoRule
     per_sample = m.layout.per_sample(m.b, m.samples)
-    return {0: Materialised(per_sample.unflatten(1, (-1, m.shapes[0][0])).sum(1))}
+    return {0: Materialised(per_sample.unflatten(1, (-1, m.shape(0)[0])).sum(1))}
 
 
 @node_rule("MulBackward0", saved=("self", "other"))
 def _mul(m: Meeting) -> dict[int, Term]:
     terms: dict[int, Term] = {}
     for at, other in ((0, "other"), (1, "self")):
-        if at not in m.shapes:
+        if at not in m.edges:
             continue
         factor = m.saved(other)
         if factor is None:
             raise NoRule
-        if factor.shape == m.b.shape and m.shapes[at] == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
+        if factor.shape == m.b.shape and m.shape(at) == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
             x, b = m.positions(factor), m.positions(m.b)
             terms[at] = Materialised(persample_layer_norm(x, b, None, x.new_ones(1, 1).expand(x.shape[:2]))[0])
         else:
@@ -221,7 +228,7 @@ def _mul(m: Meeting) -> dict[int, Term]:
 
 @node_rule("PreluKernelBackward0", saved=("self",))
 def _prelu(m: Meeting) -> dict[int, Term]:
-    if 0 in m.shapes:
+    if 0 in m.edges:
         raise NoRule
     return {1: m.broadcast(m.b * m.saved("self").clamp(max=0), 1)}
 
@@ -249,7 +256,7 @@ def _group_norm(m: Meeting) -> dict[int, Term]:
     saved=("input", "training", "running_mean", "running_var", "eps"),
 )
 def _batch_norm(m: Meeting) -> dict[int, Term]:
-    if m.saved("training") or m.layout.axis != 0 or 0 in m.shapes:
+    if m.saved("training") or m.layout.axis != 0 or 0 in m.edges:
         raise NoRule
     x, b = (y.flatten(2) if y.dim() > 2 else y.unsqueeze(2) for y in (m.saved("input"), m.b))
     rstd = (m.saved("running_var") + m.saved("eps")).rsqrt()
@@ -266,9 +273,9 @@ def _affine(m: Meeting, grads: tuple[Tensor, Tensor]) -> dict[int, Term]:
     """Gradients of scale (input 1) and shift (input 2), [N, D]."""
     terms: dict[int, Term] = {}
     for at, values in zip((1, 2), grads, strict=True):
-        if at in m.shapes:
-            terms[at] = Materialised(values.reshape(m.samples, *m.shapes[at]))
-    if set(terms) != set(m.shapes):
+        if at in m.edges:
+            terms[at] = Materialised(values.reshape(m.samples, *m.shape(at)))
+    if set(terms) != set(m.edges):
         raise NoRule
     return terms
 
@@ -281,10 +288,10 @@ def _embedding(m: Meeting) -> dict[int, Term]:
     if m.saved("padding_idx") >= 0:
         b = b.masked_fill((indices == m.saved("padding_idx")).unsqueeze(-1), 0)
     if m.saved("scale_grad_by_freq"):  # as autograd has it: by how often the whole batch looks a row up
-        counts = torch.bincount(indices.reshape(-1), minlength=m.shapes[0][0])
+        counts = torch.bincount(indices.reshape(-1), minlength=m.shape(0)[0])
         b = b / counts[indices].unsqueeze(-1)
     b, places = m.positions(b), m.positions(indices.unsqueeze(-1)).squeeze(-1)
-    return {0: EmbeddingTerm(places, b, m.shapes[0], sparse=m.saved("sparse"))}
+    return {0: EmbeddingTerm(places, b, m.shape(0), sparse=m.saved("sparse"))}
 
 
 @node_rule(
@@ -293,7 +300,7 @@ def _embedding(m: Meeting) -> dict[int, Term]:
 )
 def _embedding_bag(m: Meeting) -> dict[int, Term]:
     mode, indices = m.saved("mode"), m.saved("indices")
-    if mode == 2 or set(m.shapes) != {0} or m.layout.axis != 0 or m.layout != Layout(0):
+    if mode == 2 or set(m.edges) != {0} or m.layout.axis != 0 or m.layout != Layout(0):
         raise NoRule
     if len(m.b) != m.samples:
         raise NoRule
@@ -315,7 +322,7 @@ def _embedding_bag(m: Meeting) -> dict[int, Term]:
     padded[bag, place] = indices
     factor = scale.new_zeros(m.samples, T)
     factor[bag, place] = scale
-    return {0: EmbeddingTerm(padded, m.b.unsqueeze(1) * factor.unsqueeze(2), m.shapes[0], sparse=m.saved("sparse"))}
+    return {0: EmbeddingTerm(padded, m.b.unsqueeze(1) * factor.unsqueeze(2), m.shape(0), sparse=m.saved("sparse"))}
 
 
 @node_rule(
@@ -323,15 +330,15 @@ def _embedding_bag(m: Meeting) -> dict[int, Term]:
     saved=("input", "stride", "padding", "dilation", "groups", "transposed", "output_padding"),
 )
 def _convolution(m: Meeting) -> dict[int, Term]:
-    if m.layout.axis != 0 or 0 in m.shapes:
+    if m.layout.axis != 0 or 0 in m.edges:
         raise NoRule
     terms: dict[int, Term] = {}
-    if 1 in m.shapes:
+    if 1 in m.edges:
         lists = ("stride", "padding", "dilation", "output_padding")
         stride, padding, dilation, output_padding = (tuple(m.saved(name)) for name in lists)
         numbers = Convolution(stride, padding, dilation, m.saved("groups"), m.saved("transposed"), output_padding)
-        terms[1] = ConvolutionTerm(m.saved("input"), m.b, numbers, m.layout, m.samples, m.shapes[1])
-    if 2 in m.shapes:
+        terms[1] = ConvolutionTerm(m.saved("input"), m.b, numbers, m.layout, m.samples, m.shape(1))
+    if 2 in m.edges:
         per_image = m.b.flatten(2).sum(2)
         terms[2] = Materialised(m.layout.sum_rows(per_image, m.samples))
     return terms

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdaif_fast.per_sample.layout import Layout, Scattered, find_layout, find_owners
+from kdaif_fast.per_sample.layout import Layout, Scattered, find_layouts, find_owners
 
 N = 4
 EXPONENTS = torch.tensor([0, -3, -1, -4])
@@ -27,22 +27,22 @@ def scaled(x, owner_shape):
 )
 def test_an_axis_of_samples(shape, view, expected):
     x = torch.randn(shape, dtype=torch.float64)
-    assert find_layout(x, scaled(x, view), EXPONENTS) == expected
+    assert find_layouts(x, scaled(x, view), EXPONENTS) == [expected]
 
 
 def test_flattened_positions():
     x = torch.randn(N, 3, 5, dtype=torch.float64)
     y = scaled(x, (N, 1, 1))
-    assert find_layout(x.reshape(-1, 5), y.reshape(-1, 5), EXPONENTS) == Layout(0)
+    assert find_layouts(x.reshape(-1, 5), y.reshape(-1, 5), EXPONENTS) == [Layout(0)]
     x, y = x.transpose(0, 1).reshape(-1, 5), y.transpose(0, 1).reshape(-1, 5)
-    assert find_layout(x, y, EXPONENTS) == Layout(0, interleaved=True)
+    assert find_layouts(x, y, EXPONENTS) == [Layout(0, interleaved=True)]
 
 
 def test_sums_over_samples_have_no_layout():
     x = torch.randn(N, 3, 5, dtype=torch.float64)
-    assert find_layout(x.sum(0), scaled(x, (N, 1, 1)).sum(0), EXPONENTS) is None
+    assert find_layouts(x.sum(0), scaled(x, (N, 1, 1)).sum(0), EXPONENTS) == []
     square = torch.randn(N, N, N, dtype=torch.float64)  # a weight with as many rows and columns as there are samples
-    assert find_layout(square.sum(0), scaled(square, (N, 1, 1)).sum(0), EXPONENTS) is None
+    assert find_layouts(square.sum(0), scaled(square, (N, 1, 1)).sum(0), EXPONENTS) == []
 
 
 @settings(deadline=None)

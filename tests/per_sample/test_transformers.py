@@ -38,7 +38,9 @@ def distilbert(library):
 
 def gpt2(library):
     return library.GPT2LMHeadModel(
-        library.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+        library.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+        )
     )
 
 
@@ -95,7 +97,7 @@ MODELS = {
 def test_against_a_loop(transformers, name):
     build, inputs, loss = MODELS[name]
     targets = next_tokens if loss else lambda n: torch.randint(CLASSES, (n,))
-    case = Case(lambda: build(transformers), inputs, targets, loss=loss, sizes=(LENGTH, 3))
+    case = Case(lambda: build(transformers), inputs, targets=targets, loss=loss, sizes=(LENGTH, 3))
     model = case.model()
     for n in case.sizes:
         batch = case.batch(n)

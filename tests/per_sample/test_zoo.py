@@ -41,13 +41,9 @@ def test_truth(case):
         assert flat(truth).abs().max() > 1e-6
 
 
-def test_grads(case):
+def test_grads_and_norms(case):
     for model, batch, truth in runs(case):
         assert_same(per_sample_grads(model, batch, case.loss), truth)
-
-
-def test_norms(case):
-    for model, batch, truth in runs(case):
         per_parameter = per_sample_grad_norms(model, batch, case.loss, per_parameter=True)
         assert_same(per_parameter, {name: flat({name: grads}).norm(dim=1) for name, grads in truth.items()})
         assert_close(per_sample_grad_norms(model, batch, case.loss), flat(truth).norm(dim=1))
@@ -71,28 +67,27 @@ def test_pairs(case):
     assert_close(pairwise_grad_dots(model, *batches, loss=case.loss), a @ b.T)
 
 
-def test_weighted_step_with_given_weights(case):
+def test_weighted_step(case):
     for model, batch, truth in runs(case):
-        count = len(batch[1])
-        weights = torch.rand(count).double()
+        losses = case.losses(model, batch).detach()
+        weights = torch.rand(len(losses)).double()
         step = weighted_step(model, batch, weights, loss=case.loss)
         assert_same(taken_gradients(model), weighted_mean(truth, weights))
-        assert_close(step.losses, case.losses(model, batch).detach())
+        assert_close(step.losses, losses)
         assert_close(step.weights, weights)
         assert step.phi is None
 
-
-def test_weighted_step_with_weights_of_phi(case):
-    for model, batch, truth in runs(case):
         direction = {name: torch.randn_like(p) for name, p in trainable(model).items()}
-        step = weighted_step(
-            model, batch, weight_fn=lambda phi: 2 * torch.sigmoid(-phi), direction=direction, loss=case.loss
-        )
+        step = weighted_step(model, batch, weight_fn=rule, direction=direction, loss=case.loss)
         phi = -(flat(truth) @ flat(direction, 0))
         assert_close(step.phi, phi)
-        assert_close(step.weights, 2 * torch.sigmoid(-phi))
-        assert_same(taken_gradients(model), weighted_mean(truth, step.weights))
-        assert_close(step.losses, case.losses(model, batch).detach())
+        assert_close(step.weights, rule(phi))
+        assert_same(taken_gradients(model), weighted_mean(truth, rule(phi)))
+        assert_close(step.losses, losses)
+
+
+def rule(phi):
+    return 2 * torch.sigmoid(-phi)
 
 
 def weighted_mean(truth, weights):

@@ -61,7 +61,7 @@ class Materialised(Term):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.samples, self.shape, self.dtype = len(values), values.shape[1:], values.dtype
+        self.samples, self.shape, self.dtype = values.shape[0], values.shape[1:], values.dtype
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""

@@ -1,7 +1,8 @@
 """Per-sample quantities on four models, each in units of a plain training step that is measured in turns with it.
 
 Contestants: kdaif_fast; a loop over samples; torch.func; opacus; BackPACK. One that cannot do a model says why when
-pytest is run with -rs. Every result is compared with a loop in float64 before it is timed.
+pytest is run with -rs. Every result is compared with a loop in float64 before it is timed. Peaks of memory, of this
+library's rows and of a plain step, are those of processes of their own with one thread (persample_memory.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from baselines.func_persample import ForwardMode, VmapGrad
 from baselines.loop_persample import Loop
 from baselines.materialised_persample import Batch, Materialised, Tree, UnsupportedError
 from baselines.opacus_persample import Opacus, OpacusGhost
+from persample_memory import peak_of_a_process
 from persample_models import MODELS, make, plain_step
 from torch import Tensor, nn
 
@@ -71,16 +73,14 @@ CONTESTANTS = {
     "opacus ghost norms": OpacusGhost,
     "BackPACK": BackPACK,
 }
+OURS = ("kdaif_fast", "kdaif_fast, buffers given")
+EVERYTHING = ("kdaif_fast", "loop over samples", "torch.func vmap(grad)", "opacus", "BackPACK")
 CAN = {
-    "dots": [*CONTESTANTS],
-    "norms": [name for name in CONTESTANTS if name != "torch.func jvp"],
-    "weighted step": [*CONTESTANTS],
-    "gradients": [name for name in CONTESTANTS if name not in ("torch.func jvp", "opacus ghost norms")],
+    "dots": (*EVERYTHING, "torch.func jvp"),
+    "norms": (*EVERYTHING, "opacus ghost norms"),
+    "weighted step": (*EVERYTHING, "torch.func jvp"),
+    "gradients": (*EVERYTHING, "kdaif_fast, buffers given"),
 }
-for quantity in ("dots", "weighted step"):
-    CAN[quantity].remove("opacus ghost norms")
-for quantity in ("dots", "norms", "weighted step"):
-    CAN[quantity].remove("kdaif_fast, buffers given")
 
 
 @functools.cache
@@ -142,8 +142,15 @@ def measure_row(measure_in, group, model_name, quantity, name, N=None):
         pytest.skip(str(reason))
     assert_right(contestant, quantity, result, truth(model_name, N)[quantity])
     del result
+    peak = {}
+    if N is None and name in OURS:
+        peak["peak_mib"] = peak_of_a_process(model_name, quantity + name.removeprefix("kdaif_fast"))
+    measure_in_plain_steps(measure_in, group, model_name, name, function, N, **peak)
+
+
+def measure_in_plain_steps(measure_in, group, model_name, name, function, N=None, **peak):
     plain = make(model_name, N)
-    measure_in("plain steps", lambda: plain_step(plain), group, name, function)
+    measure_in("plain steps", lambda: plain_step(plain), group, name, function, **peak)
 
 
 ROWS = [(model, quantity, name) for model in MODELS for quantity in CAN for name in CAN[quantity]]
@@ -153,6 +160,15 @@ ROWS = [(model, quantity, name) for model in MODELS for quantity in CAN for name
 def bench_per_sample(measure_in, model_name, quantity, name):
     group = f"{quantity}, {model_name}, N = {MODELS[model_name][2]}"
     measure_row(measure_in, group, model_name, quantity, name)
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def bench_plain_step(measure_in, model_name):
+    """The unit, in turns with itself: how far its ratio is from 1 is what the machine does to all of them."""
+    model = make(model_name)
+    peak = peak_of_a_process(model_name, "plain step")
+    group = f"plain step, {model_name}, N = {MODELS[model_name][2]}"
+    measure_in_plain_steps(measure_in, group, model_name, "plain step", lambda: plain_step(model), peak_mib=peak)
 
 
 @pytest.mark.parametrize("name", CAN["weighted step"])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-PAGES_AT_ONCE = 41  # PR_SET_THP_DISABLE
+PR_SET_THP_DISABLE = 41
 # mallopt's M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: blocks from 64 KiB on go back to the kernel as they are
 # freed, so that the peak is that of live tensors and not of the allocator's reserves.
 ALLOCATOR = ((-8, 1), (-3, 1 << 16), (-1, 1 << 16))
@@ -27,7 +27,7 @@ def peak_mib(call: Callable[[], object], warm_up: Callable[[], object] | None = 
     libc = ctypes.CDLL(None)
     for option, value in ALLOCATOR:
         libc.mallopt(option, value)
-    libc.prctl(PAGES_AT_ONCE, 1, 0, 0, 0)  # with huge pages, a tensor's last page would count as 2 MiB
+    libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # with huge pages, a tensor's last page would count as 2 MiB
     (warm_up or call)()
     gc.collect()
     libc.malloc_trim(0)

@@ -34,6 +34,7 @@ def runs(case):
         yield model, batch, case.truth(model, batch)
 
 
+@pytest.mark.slow
 def test_truth(case):
     """The zoo's own: a sample's gradient does not depend on who else is in the batch, and is not zero throughout."""
     for model, batch, truth in runs(case):

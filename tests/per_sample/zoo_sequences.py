@@ -255,4 +255,5 @@ add(
     "two layers, both ways, packed",
     lambda: Packed(nn.LSTM(WIDTH, 3, num_layers=2, bidirectional=True, batch_first=True), 6),
     lambda n: (torch.randn(n, LENGTH, WIDTH), torch.tensor([2, 5, 1, 4, 3])[:n]),
+    sizes=(3, 2),
 )

@@ -113,7 +113,8 @@ class Recording:
         if root is losses:
             cotangent = torch.ones_like(losses) if scale is None else torch.ones_like(losses) * scale
             return losses.detach(), root, cotangent
-        may_be_turned = self._loss is not None and len(losses) in cut.shape[1:]
+        # [T, N, ...] with T = N is the one form that nothing but the values can tell.
+        may_be_turned = self._loss is not None and cut.dim() > 2 and cut.shape[1] == len(losses)
         (cotangent,) = torch.autograd.grad(total, cut, retain_graph=may_be_turned)
         if may_be_turned:
             factors = torch.exp2(-(torch.arange(len(losses), device=losses.device) % 8)).to(losses.dtype)

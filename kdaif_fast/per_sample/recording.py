@@ -93,6 +93,9 @@ class Recording:
             cut = outputs.detach().requires_grad_()
             losses = sample_losses(self._loss, cut, self._batch, self._name)
             root = outputs
+            if self._loss is not None and losses.grad_fn is not None and Graph(losses, self._names).leaves:
+                # A loss with parameters of the model in it (a temperature, a prototype): no cut then.
+                losses = root = cut = sample_losses(self._loss, outputs, self._batch, self._name)
         elif self._loss is None:
             raise TypeError(
                 f"the model returned a {type(outputs).__name__}, expected a tensor or something with logits; give "

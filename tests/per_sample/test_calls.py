@@ -263,3 +263,24 @@ def test_float32():
             assert (grads - expected[key]).norm() <= 1e-4 * flat(expected).norm(), (name, key)
         norms = per_sample_grad_norms(model, batch)
         torch.testing.assert_close(norms, flat(expected).norm(dim=1).float(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_with_parameters_of_the_model_in_it():
+    """Such as a temperature that is learned: its part of the gradient does not pass through the outputs."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    model.temperature = torch.nn.Parameter(torch.tensor(0.7).double())
+
+    def loss(outputs, targets):
+        scaled = outputs / model.temperature
+        return torch.nn.functional.cross_entropy(scaled, targets, reduction="none") + model.bias.square().sum()
+
+    batch = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    rows = [
+        torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in loss(model(batch[0]), batch[1])
+    ]
+    truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    grads = per_sample_grads(model, batch, loss)
+    torch.testing.assert_close(
+        torch.cat([grads[name].reshape(5, -1) for name, _ in model.named_parameters()], 1), truth
+    )

@@ -27,25 +27,30 @@ def read_directions(
         return dict(zip(parameters, shaped, strict=True)), direction.dim() == 1
     if not isinstance(direction, Mapping):
         raise TypeError(f"direction is a {type(direction).__name__}, expected a tensor or a dictionary of tensors")
-    missing, surplus = sorted(set(parameters) - set(direction)), sorted(set(direction) - set(parameters))
+    missing, surplus = parameters.keys() - direction.keys(), direction.keys() - parameters.keys()
     if missing or surplus:
-        parts = [f"lacks {', '.join(missing[:5])}"] if missing else []
-        parts += [f"has {', '.join(map(str, surplus[:5]))}, which are no chosen parameters"] if surplus else []
+        parts = [f"lacks {', '.join(sorted(missing)[:5])}"] if missing else []
+        parts += [f"has {', '.join(sorted(map(str, surplus))[:5])}, which are no chosen parameters"] if surplus else []
         raise ValueError(f"direction {' and '.join(parts)}")
-    stacked = {name: direction[name].shape != parameter.shape for name, parameter in parameters.items()}
-    counts = set()
     for name, parameter in parameters.items():
-        shape = tuple(direction[name].shape)
-        if shape != tuple(parameter.shape) and shape[1:] != tuple(parameter.shape):
-            raise ValueError(
-                f"direction[{name!r}] has shape {shape}, expected {tuple(parameter.shape)} as the parameter, or that "
-                "with a leading axis of K directions"
-            )
-        if stacked[name]:
-            counts.add(shape[0])
-    if not counts:
+        _check_entry(name, direction[name], parameter)
+    if all(direction[name].shape == parameter.shape for name, parameter in parameters.items()):
         return {name: direction[name].detach().unsqueeze(0) for name in parameters}, True
-    if not all(stacked.values()) or len(counts) != 1:
+    if len({direction[name].shape[:1] for name in parameters}) != 1 or any(
+        direction[name].shape == parameter.shape for name, parameter in parameters.items()
+    ):
         shapes = {name: tuple(direction[name].shape) for name in list(parameters)[:5]}
         raise ValueError(f"direction has entries with different numbers of directions: {shapes}")
     return {name: direction[name].detach() for name in parameters}, False
+
+
+def _check_entry(name: str, entry: Tensor, parameter: Tensor) -> None:
+    if not isinstance(entry, Tensor):
+        raise TypeError(f"direction[{name!r}] is a {type(entry).__name__}, expected a tensor")
+    if entry.device != parameter.device:
+        raise ValueError(f"direction[{name!r}] is on {entry.device}, expected {parameter.device} as the parameter")
+    if entry.shape != parameter.shape and entry.shape[1:] != parameter.shape:
+        raise ValueError(
+            f"direction[{name!r}] has shape {tuple(entry.shape)}, expected {tuple(parameter.shape)} as the parameter, "
+            "or that with a leading axis of K directions"
+        )

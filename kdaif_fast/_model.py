@@ -110,7 +110,7 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
     if not wanted:
         raise ValueError("params is empty: name at least one parameter")
     # Tied parameters have several names, and torch.compile adds its own part to them.
-    every_name = [(_plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
+    every_name = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
     chosen: set[int] = set()
     for item in wanted:
         if isinstance(item, Tensor):
@@ -118,7 +118,7 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
         elif isinstance(item, nn.Module):
             found, label = list(item.parameters()), f"a module {type(item).__name__}"
         elif isinstance(item, str):
-            plain = _plain_name(item)
+            plain = plain_name(item)
             found = [p for name, p in every_name if name == plain or name.startswith(f"{plain}.")]
             label = repr(item)
         else:
@@ -130,7 +130,8 @@ def select_parameters(model: nn.Module, params: Params | str | Tensor | nn.Modul
     return {name: p for name, p in trainable.items() if id(p) in chosen}
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile adds to it."""
     return name.replace("_orig_mod.", "")
 
 

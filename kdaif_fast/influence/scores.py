@@ -95,7 +95,8 @@ def influence_scores(
             0.1 times the mean eigenvalue of C, and at least 1e-6 times the largest (0 for "identity").
         tol: the relative residual at which the solve stops; None spends exactly max_iter products, without a warning.
         max_iter: the most curvature products to spend.
-        return_solution: also return the solve's `Solution`: residual, iterations, damping used.
+        return_solution: also return the solve's `Solution`: x = (C + damping I)^-1 grad L_val, flat [P], which is the
+            `direction` of weighted_step; residual, iterations, damping used.
 
     Returns:
         phi, [N], float32 (float64 for float64 models), in nats; with return_solution, (phi, Solution).

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from .._model import plain_name
+
 
 def read_directions(
     direction: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor]
@@ -20,13 +22,22 @@ def read_directions(
             raise ValueError(
                 f"direction has shape {tuple(direction.shape)}, expected ({count},), one per parameter, or (K, {count})"
             )
-        rows = direction.detach().reshape(-1, count)
         leaves = list(parameters.values())
+        elsewhere = {leaf.device for leaf in leaves} - {direction.device}
+        if elsewhere:
+            raise ValueError(f"direction is on {direction.device}, expected {elsewhere.pop()} as the parameters")
+        rows = direction.detach().reshape(-1, count)
         pieces = rows.split([leaf.numel() for leaf in leaves], 1)
         shaped = [piece.reshape(len(rows), *leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)]
         return dict(zip(parameters, shaped, strict=True)), direction.dim() == 1
     if not isinstance(direction, Mapping):
-        raise TypeError(f"direction is a {type(direction).__name__}, expected a tensor or a dictionary of tensors")
+        hint = ""
+        if isinstance(direction, tuple):  # a Solution, or all that influence_scores returned
+            hint = ": of phi, solution = influence_scores(..., return_solution=True) it is solution.x"
+        kind = type(direction).__name__
+        raise TypeError(f"direction is a {kind}, expected a tensor or a dictionary of tensors{hint}")
+    own_names = {plain_name(name): name for name in parameters}  # with what torch.compile added, if it did
+    direction = {own_names.get(plain_name(str(name)), name): entry for name, entry in direction.items()}
     missing, surplus = parameters.keys() - direction.keys(), direction.keys() - parameters.keys()
     if missing or surplus:
         parts = [f"lacks {', '.join(sorted(missing)[:5])}"] if missing else []

@@ -35,8 +35,8 @@ def per_sample_grad_dots(
     Args:
         model: any module whose samples are independent (BatchNorm in eval mode), in train or eval mode.
         batch: (inputs, targets[, teacher_logits]) or a mapping with those keys.
-        direction: flat [P], or a dictionary shaped like the parameters; K of them stacked: [K, P], or a dictionary of
-            tensors with a leading axis K.
+        direction: flat [P], in the order of model.named_parameters(), or a dictionary shaped like the parameters; K of
+            them stacked: [K, P], or a dictionary of tensors with a leading axis K.
         loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
         params: names (of parameters or submodules), parameters or submodules; default all that require grad.
         check_independence: make sure that samples do not influence each other's outputs, at the cost of two more

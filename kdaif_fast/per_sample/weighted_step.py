@@ -59,13 +59,16 @@ def weighted_step(
         model: any module whose samples are independent (BatchNorm in eval mode), in train or eval mode.
         batch: (inputs, targets[, teacher_logits]) or a mapping with those keys.
         weights: [N], if they are known already; else `direction` and `weight_fn` say what they are.
-        weight_fn: phi [N] -> weights [N]; sigmoid_weights, for example.
-        direction: s = (C + damping I)^-1 grad L_val of an influence solve: flat [P], or shaped like the parameters.
+        weight_fn: phi [N] -> weights [N]; sigmoid_weights, for example, whose `scale` is then that of this batch alone
+            unless a number is given.
+        direction: s = (C + damping I)^-1 grad L_val, without a minus sign: `solution.x` of
+            `phi, solution = influence_scores(..., return_solution=True)`, with the same `params`. Flat [P], in the
+            order of model.named_parameters(), or a dictionary shaped like the parameters.
         loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
         params: names (of parameters or submodules), parameters or submodules, which get gradients and count for phi;
             default all that require grad.
         scaler: of mixed precision; gradients are scaled by it, as scaler.step expects. phi and losses are not.
-        divisor: what the weighted sum of losses is divided by; default N, which makes it a mean.
+        divisor: not 0; what the weighted sum of losses is divided by; default N, which makes it a mean.
         check_independence: make sure that samples do not influence each other's outputs, at the cost of two more
             forward passes.
 
@@ -73,7 +76,7 @@ def weighted_step(
         Losses, phi (positive: harmful, as everywhere) and weights, each [N], without graphs.
 
     Raises:
-        ValueError: neither weights nor a weight_fn with its direction; weights that are not [N]; what
+        ValueError: neither weights nor a weight_fn with its direction; a divisor of 0; weights that are not [N]; what
             per_sample_grad_dots raises. `.grad` is untouched then.
 
     Memory: that of a training step, and for each layer either its input and output gradient or its per-sample weight
@@ -101,6 +104,8 @@ def weighted_step(
         raise ValueError("weighted_step needs weights, or a weight_fn together with the direction that phi is along")
     if weights is not None and weight_fn is not None:
         raise ValueError("weighted_step got both weights and a weight_fn; expected one of them")
+    if divisor == 0:
+        raise ValueError("weighted_step: divisor is 0, expected the number of samples, or None for that of this batch")
     if check_independence:
         require_independence(model, batch)
     device = next(model.parameters()).device

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kdaif_fast import influence_scores
 from kdaif_fast.per_sample import (
     pairwise_grad_dots,
     per_sample_grad_dots,
@@ -217,6 +218,22 @@ class TestDirections:
         assert "(7,)" in message
         assert "39" in message
 
+    def test_other_device(self, model, batch):
+        assert "meta" in self.dots(model, batch, torch.ones(39, device="meta"))
+
+    def test_what_influence_scores_returned(self, model, batch):
+        phi, solution = influence_scores(model, batch, batch, return_solution=True)
+        for direction in (solution, (phi, solution)):
+            with pytest.raises(TypeError, match=r"solution\.x"):
+                weighted_step(model, batch, torch.ones(N), direction=direction)
+
+    def test_names_of_a_compiled_model(self, model, batch):
+        direction = ones(torch.compile(model))
+        assert next(iter(direction)).startswith("_orig_mod.")
+        plain = per_sample_grad_dots(model, batch, ones(model))
+        assert torch.equal(per_sample_grad_dots(model, batch, direction), plain)
+        assert torch.equal(per_sample_grad_dots(torch.compile(model), batch, ones(model)), plain)
+
     def test_stacks_of_different_height(self, model, batch):
         direction = {name: torch.ones(2, *p.shape) for name, p in model.named_parameters()}
         direction["0.bias"] = torch.ones(3, 4)
@@ -232,6 +249,11 @@ class TestWeights:
     def test_neither_weights_nor_rule(self, model, batch):
         with pytest.raises(ValueError, match=r"weights.*weight_fn"):
             weighted_step(model, batch)
+
+    def test_division_by_zero(self, model, batch):
+        with pytest.raises(ValueError, match="divisor is 0"):
+            weighted_step(model, batch, torch.ones(N), divisor=0)
+        assert_untouched(model)
 
     def test_rule_without_direction(self, model, batch):
         with pytest.raises(ValueError, match="direction"):

@@ -61,7 +61,7 @@ def per_sample_grad_dots(
     """
     if check_independence:
         require_independence(model, batch)
-    recording = Recording(model, batch, loss, params)
+    recording = Recording(model, batch, loss, params, checks=check_independence)
     directions, is_one = read_directions(direction, recording.parameters)
     dots = Dots(recording, directions)
 

@@ -58,7 +58,7 @@ def per_sample_grad_norms(
     """
     if check_independence:
         require_independence(model, batch)
-    recording = Recording(model, batch, loss, params)
+    recording = Recording(model, batch, loss, params, checks=check_independence)
     N, device = recording.samples, recording.losses.device
     dtype = wide_dtype(next(iter(recording.parameters.values())).dtype)
     total = torch.zeros(N, dtype=dtype, device=device)

@@ -218,7 +218,8 @@ def _mul(m: Meeting) -> dict[int, Term]:
         factor = m.saved(other)
         if factor is None:
             raise NoRule
-        if factor.shape == m.b.shape and m.shape(at) == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
+        alike = factor.shape == m.b.shape and factor.dtype == m.b.dtype
+        if alike and m.shape(at) == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
             x, b = m.positions(factor), m.positions(m.b)
             terms[at] = Materialised(persample_layer_norm(x, b, None, x.new_ones(1, 1).expand(x.shape[:2]))[0])
         else:

@@ -275,3 +275,14 @@ def test_buffers_that_do_not_fit(model, batch, fault):
         out["0.bias"] = torch.empty(4, N).t()
     with pytest.raises(ValueError, match=r"out.*0\.bias"):
         per_sample_grads(model, batch, out=out)
+
+
+@pytest.mark.parametrize("name", ["grads", "norms", "dots", "step"])
+def test_a_loss_that_mixes_samples_on_request(batch, name):
+    def contrast(outputs, targets):
+        return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none")
+
+    model = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match="depends on more than"):
+        CALLS[name](model, batch, contrast, check_independence=True)
+    assert_untouched(model)

@@ -297,17 +297,24 @@ def _embedding(m: Meeting) -> dict[int, Term]:
 
 @node_rule(
     "EmbeddingBagBackward0",
-    saved=("indices", "result1", "result2", "mode", "padding_idx", "per_sample_weights", "sparse"),
+    saved=(
+        *("indices", "offsets", "result1", "result2", "mode", "padding_idx", "per_sample_weights", "sparse"),
+        "scale_grad_by_freq",
+    ),
 )
 def _embedding_bag(m: Meeting) -> dict[int, Term]:
     mode, indices = m.saved("mode"), m.saved("indices")
     if mode == 2 or set(m.edges) != {0} or m.layout.axis != 0 or m.layout != Layout(0):
         raise NoRule
-    if len(m.b) != m.samples:
+    if len(m.b) != m.samples or m.saved("scale_grad_by_freq"):
         raise NoRule
-    bag = m.saved("result1")  # which bag each index is in
+    bag = m.saved("result1")  # which bag each index is in; empty where a sum has found it out as it went
     if bag.numel() != indices.numel():
-        raise NoRule
+        offsets = m.saved("offsets")
+        if len(offsets) > m.samples and int(offsets[-1]) != len(indices):  # indices after the last bag
+            raise NoRule
+        bag = torch.searchsorted(offsets[: m.samples], torch.arange(len(indices), device=indices.device), right=True)
+        bag = bag - 1
     scale = m.b.new_ones(len(indices))
     if mode == 1:
         scale = 1 / m.saved("result2").to(m.b.dtype)[bag]

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from kdaif_fast.per_sample import per_sample_grad_dots, per_sample_grad_norms, per_sample_grads, weighted_step
+from kdaif_fast.per_sample import (
+    pairwise_grad_dots,
+    per_sample_grad_dots,
+    per_sample_grad_norms,
+    per_sample_grads,
+    weighted_step,
+)
 
 from .zoo import Case, assert_close, assert_same, cross_entropy, flat, run, trainable
 
@@ -356,3 +362,34 @@ def test_a_factor_in_a_wider_dtype():
             return self.head(x.bfloat16() * self.gain)
 
     assert_right(Wider().double(), vectors(4))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_complex_parameters(first):
+    """Norms and products of them are real."""
+
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if first:
+                self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+            self.head = nn.Linear(5, CLASSES)
+            if not first:
+                self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+        def forward(self, x):
+            return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=5))
+
+    model = Filter()
+    model.head.double()
+    batch = vectors(6)
+    expected = {n: torch.view_as_real(g) if g.is_complex() else g for n, g in truth(model, batch).items()}
+    norms = per_sample_grad_norms(model, batch)
+    assert not norms.is_complex()
+    assert_close(norms, flat(expected).norm(dim=1))
+    parts = per_sample_grad_norms(model, batch, per_parameter=True)
+    assert_same(parts, {n: g.flatten(1).norm(dim=1) for n, g in expected.items()})
+    assert_close(pairwise_grad_dots(model, batch, batch), flat(expected) @ flat(expected).T)
+    v = {n: torch.randn_like(p) for n, p in trainable(model).items()}
+    v_flat = flat({n: torch.view_as_real(x) if x.is_complex() else x for n, x in v.items()}, 0)
+    assert_close(per_sample_grad_dots(model, batch, v), flat(expected) @ v_flat)

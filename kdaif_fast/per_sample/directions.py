@@ -32,6 +32,9 @@ def read_directions(
         parts = [f"lacks {', '.join(missing[:5])}"] if missing else []
         parts += [f"has {', '.join(map(str, surplus[:5]))}, which are no chosen parameters"] if surplus else []
         raise ValueError(f"direction {' and '.join(parts)}")
+    for name in parameters:
+        if not isinstance(direction[name], Tensor):
+            raise TypeError(f"direction[{name!r}] is a {type(direction[name]).__name__}, expected a tensor")
     stacked = {name: direction[name].shape != parameter.shape for name, parameter in parameters.items()}
     counts = set()
     for name, parameter in parameters.items():

@@ -201,7 +201,7 @@ class Recording:
                     assert self._loss is not None
                     extra = () if batch.teacher_logits is None else (batch.teacher_logits,)
                     root = self._loss(root, batch.targets, *extra)
-            except (RuntimeError, ValueError, TypeError, IndexError):  # not a batch that can be cut so
+            except Exception:  # not a batch that can be cut so, and it is the model that says how it says that
                 return None
         if root.grad_fn is None or not root.dim() or len(root) != few:
             return None
@@ -285,6 +285,8 @@ class Recording:
             names = () if rule is None else rule.saved
             for name in names:
                 raw = getattr(node, f"_raw_saved_{name}", None)
+                if isinstance(raw, tuple):  # a list of tensors
+                    raw = next((each for each in raw if each is not None), None)
                 if _is_checkpointed(raw):
                     found[junction.node] = {each: getattr(node, f"_saved_{each}") for each in names}
                 if raw is not None and raw.data is not None:  # a layer's saved tensors are all kept in the same way

@@ -295,6 +295,30 @@ def _embedding(m: Meeting) -> dict[int, Term]:
     return {0: EmbeddingTerm(places, b, m.shape(0), sparse=m.saved("sparse"))}
 
 
+@node_rule("IndexBackward0", saved=("indices",))
+def _index(m: Meeting) -> dict[int, Term]:
+    # table[tokens]
+    table, places = m.shape(0), m.saved("indices")
+    if len(table) != 2 or len(places) != 1 or places[0] is None or places[0].is_floating_point():
+        raise NoRule
+    return _look_up(m, places[0], table)
+
+
+@node_rule("IndexSelectBackward0", saved=("index", "dim"))
+def _index_select(m: Meeting) -> dict[int, Term]:
+    table = m.shape(0)
+    if len(table) != 2 or m.saved("dim") != 0:
+        raise NoRule
+    return _look_up(m, m.saved("index"), table)
+
+
+def _look_up(m: Meeting, places: Tensor, table: torch.Size) -> dict[int, Term]:
+    if places.dtype in (torch.bool, torch.uint8) or m.layout.axis >= places.dim():
+        raise NoRule
+    rows = m.positions(places.long().remainder(table[0]).unsqueeze(-1)).squeeze(-1)
+    return {0: EmbeddingTerm(rows, m.positions(m.b), table)}
+
+
 @node_rule(
     "EmbeddingBagBackward0",
     saved=(

@@ -217,6 +217,14 @@ class TestDirections:
         assert "(7,)" in message
         assert "39" in message
 
+    def test_entry_that_is_no_tensor(self, model, batch):
+        with pytest.raises(TypeError, match=r"2\.bias.*str"):
+            per_sample_grad_dots(model, batch, ones(model) | {"2.bias": "x"})
+
+    def test_no_direction_at_all(self, model, batch):
+        direction = {name: torch.ones(0, *p.shape) for name, p in model.named_parameters()}
+        assert per_sample_grad_dots(model, batch, direction).shape == (N, 0)
+
     def test_stacks_of_different_height(self, model, batch):
         direction = {name: torch.ones(2, *p.shape) for name, p in model.named_parameters()}
         direction["0.bias"] = torch.ones(3, 4)

@@ -13,6 +13,7 @@ from kdaif_fast.per_sample import (
     per_sample_grad_dots,
     per_sample_grad_norms,
     per_sample_grads,
+    recording,
     weighted_step,
 )
 
@@ -393,3 +394,41 @@ def test_complex_parameters(first):
     v = {n: torch.randn_like(p) for n, p in trainable(model).items()}
     v_flat = flat({n: torch.view_as_real(x) if x.is_complex() else x for n, x in v.items()}, 0)
     assert_close(per_sample_grad_dots(model, batch, v), flat(expected) @ v_flat)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError])
+def test_a_model_that_takes_no_small_batches(error):
+    """It cannot be run on a few samples, three of them, whatever it raises."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            if len(x) == 3:
+                raise error
+            return self.layer(x)
+
+    assert_right(Fixed().double(), vectors(6))
+
+
+@pytest.mark.parametrize("by", ["index", "index_select"])
+def test_a_bare_table_is_as_good_as_an_embedding(by, monkeypatch):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.randn(9, 5)), nn.Linear(5, CLASSES)
+
+        def forward(self, tokens):
+            rows = self.table[tokens] if by == "index" else self.table.index_select(0, tokens.flatten())
+            return self.head(rows.view(*tokens.shape, 5).tanh()).mean(1)
+
+    def batch():
+        return torch.randint(-9 if by == "index" else 0, 9, (6, 4)), torch.randint(CLASSES, (6,))
+
+    model = Table().double()
+    assert_right(model, batch())
+    monkeypatch.setattr(recording, "probe", lambda *_: pytest.fail("looked for the samples again"))
+    monkeypatch.setattr(recording, "GenericTerm", lambda *_: pytest.fail("no rule"))
+    assert_right(model, batch())

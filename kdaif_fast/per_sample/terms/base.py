@@ -69,7 +69,7 @@ class Materialised(Term):
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
-        flat, directions = self._flat(), directions.reshape(len(directions), -1)
+        flat, directions = self._flat(), directions.reshape(len(directions), self.shape.numel())
         wide = wide_dtype(flat.dtype)
         if flat.dtype != wide or directions.dtype != wide:
             flat, directions = flat.to(wide), directions.to(wide)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from torch import Tensor
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that vectors over parameters of this dtype have: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of products between vectors over these parameters: real, float32 at least."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32).to_real()
+
+
+def as_real(rows: Tensor) -> Tensor:
+    """[N, P] -> itself, or [N, 2 P] for complex numbers: products are those of real and imaginary parts."""
+    return torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

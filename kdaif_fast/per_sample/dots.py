@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
-from .._tree import wide_dtype
+from .._tree import product_dtype
 from .directions import read_directions
 from .independence import require_independence
 from .paths import Path
@@ -61,7 +61,7 @@ def per_sample_grad_dots(
     """
     if check_independence:
         require_independence(model, batch)
-    recording = Recording(model, batch, loss, params)
+    recording = Recording(model, batch, loss, params, checks=check_independence)
     directions, is_one = read_directions(direction, recording.parameters)
     dots = Dots(recording, directions)
 
@@ -78,7 +78,7 @@ class Dots:
 
     def __init__(self, recording: Recording, directions: dict[str, Tensor]) -> None:
         some = next(iter(directions.values()))
-        dtype = wide_dtype(next(iter(recording.parameters.values())).dtype)
+        dtype = product_dtype(recording.parameters.values())
         self.total = torch.zeros(recording.samples, len(some), dtype=dtype, device=recording.losses.device)
         self._directions = directions
         self._pushed: dict[Path, Tensor] = {}

@@ -63,7 +63,7 @@ def per_sample_grads(
     """
     if check_independence:
         require_independence(model, batch)
-    recording = Recording(model, batch, loss, params)
+    recording = Recording(model, batch, loss, params, checks=check_independence)
     buffers = _read_buffers(out, recording)
     grads: dict[str, Tensor] = {}
 
@@ -76,6 +76,12 @@ def per_sample_grads(
         if name not in grads:
             buffer = buffers.get(name)
             grads[name] = parameter.new_zeros(recording.samples, *parameter.shape) if buffer is None else buffer.zero_()
+    owned: set[int] = set()
+    for name, grad in grads.items():  # two biases of one sum have the same gradient, but not the same memory
+        if name not in buffers and grad.numel():
+            if grad.untyped_storage().data_ptr() in owned:
+                grads[name] = grad = grad.clone()
+            owned.add(grad.untyped_storage().data_ptr())
     return {name: buffers.get(name, grads[name].detach()) for name in recording.parameters}
 
 

@@ -108,6 +108,25 @@ class Graph:
         return order
 
 
+def leads_to(tensor: Tensor, names: Mapping[int, str]) -> bool:
+    """Whether one of these parameters (id -> name) is among the leaves of a tensor's graph."""
+    if id(tensor) in names:
+        return True
+    stack: list[Any] = [tensor.grad_fn]
+    seen = {None, tensor.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name() == _LEAF and id(node.variable) in names:
+            return True
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False
+
+
 @contextlib.contextmanager
 def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Within it, hooks on these tensors' gradients stay out: a gradient that is only looked at is none of theirs."""

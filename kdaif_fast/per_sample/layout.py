@@ -18,10 +18,13 @@ class Layout:
     axis: int
     interleaved: bool = False
     certain: bool = field(default=True, compare=False)  # whether no other layout explains the same gradients
+    single: bool = field(default=False, compare=False)  # whether it was found where k = 1, which tells no order
 
     def fits(self, shape: torch.Size, samples: int) -> bool:
         """Whether a tensor of this shape can have N samples so."""
-        return len(shape) > self.axis and shape[self.axis] % samples == 0
+        if len(shape) <= self.axis:
+            return False
+        return shape[self.axis] == samples if self.single else shape[self.axis] % samples == 0
 
     def per_sample(self, x: Tensor, samples: int) -> Tensor:
         """[N, k, other axes in their order], a view where x allows it."""
@@ -115,7 +118,7 @@ def find_layouts(plain: Tensor, scaled: Tensor, exponents: Tensor) -> list[Layou
             if layout.interleaved and plain.shape[axis] == samples:  # the same then
                 continue
             if explains(layout, plain, scaled, torch.exp2(exponents)):
-                found.append(layout)
+                found.append(replace(layout, single=plain.shape[axis] == samples))
     return found
 
 

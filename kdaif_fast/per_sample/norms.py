@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
-from .._tree import wide_dtype
+from .._tree import as_real, product_dtype
 from .groups import Group, blocks, visit_groups
 from .independence import require_independence
 from .recording import Recording
@@ -58,9 +58,9 @@ def per_sample_grad_norms(
     """
     if check_independence:
         require_independence(model, batch)
-    recording = Recording(model, batch, loss, params)
+    recording = Recording(model, batch, loss, params, checks=check_independence)
     N, device = recording.samples, recording.losses.device
-    dtype = wide_dtype(next(iter(recording.parameters.values())).dtype)
+    dtype = product_dtype(recording.parameters.values())
     total = torch.zeros(N, dtype=dtype, device=device)
     squares = {name: torch.zeros_like(total) for name in recording.parameters} if per_parameter else {}
 
@@ -73,7 +73,7 @@ def per_sample_grad_norms(
             parts = {}
             for start, stop in blocks(group, N):
                 for name, grads in group.grads(start, stop).items():
-                    square = grads.reshape(stop - start, -1).to(dtype).square().sum(1)
+                    square = as_real(grads.reshape(stop - start, -1)).to(dtype).square().sum(1)
                     parts.setdefault(name, torch.zeros_like(total))[start:stop] = square
         for name, square in parts.items():
             if per_parameter:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params
-from .._tree import wide_dtype
+from .._tree import as_real, product_dtype
 from .groups import Group, blocks, visit_groups
 from .recording import Recording
 from .terms import LinearTerm
@@ -55,7 +55,7 @@ def pairwise_grad_dots(
     """
     one = Recording(model, batch_a, loss, params, name="batch_a")
     other = one if batch_b is batch_a else Recording(model, batch_b, loss, params, name="batch_b")
-    dtype = wide_dtype(next(iter(one.parameters.values())).dtype)
+    dtype = product_dtype(one.parameters.values())
     total = torch.zeros(one.samples, other.samples, dtype=dtype, device=one.losses.device)
     kept: list[Group] = []
     if other is not one:
@@ -85,7 +85,10 @@ def _dots(left: Group, right: Group, N_a: int, N_b: int, dtype: torch.dtype) -> 
         for begin, end in blocks(right, N_b):
             H = right.grads(begin, end)
             shared = [name for name in G if name in H]
-            pairs = ((G[name].reshape(stop - start, -1), H[name].reshape(end - begin, -1)) for name in shared)
+            pairs = (
+                (as_real(G[name].reshape(stop - start, -1)), as_real(H[name].reshape(end - begin, -1)))
+                for name in shared
+            )
             columns.append(sum((g.to(dtype) @ h.to(dtype).T for g, h in pairs), start=torch.zeros((), dtype=dtype)))
         rows.append(torch.cat(columns, 1))
     return torch.cat(rows)

@@ -37,20 +37,21 @@ class Route:
         is_short: whether there are only transposes and casts of one parameter.
         transposes: whether these swap rows and columns.
         rearranges: whether it only rearranges (and casts) one parameter.
-        chain: the kinds of node, from the tensor to the leaf, if no two paths meet.
+        chain: the kinds of node, from the tensor to the leaf, if no two paths meet; then which axes they swap.
     """
 
     def __init__(self, graph: Graph, edge: Edge) -> None:
-        chain, here = [], edge[0]
+        chain, axes, here = [], [], edge[0]
         while here not in graph.leaves and len(graph.children[here]) == 1 and graph.children[here][0] is not None:
             chain.append(graph.name(here))
+            axes.append(tuple(getattr(graph.nodes[here], f"_saved_{name}", None) for name in ("dim0", "dim1", "dims")))
             here = graph.children[here][0][0]  # type: ignore[index]
         single = here in graph.leaves
         self.names = [graph.leaves[here]] if single else _names_below(graph, edge[0])
         self.is_short = single and all(name in ("TBackward0", "ToCopyBackward0") for name in chain)
         self.transposes = chain.count("TBackward0") % 2 == 1
         self.rearranges = single and all(name in _REARRANGING for name in chain)
-        self.chain = tuple(chain)
+        self.chain = (*chain, *axes)
 
 
 class Path:

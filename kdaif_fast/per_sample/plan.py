@@ -108,7 +108,7 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
             continue
         if any(isinstance(layout, Scattered) or not layout.certain for layout in known):
             lasting = False
-        if graph.name(here).startswith(_REORDERING):
+        if graph.name(here).startswith(_REORDERING) and not _is_look_up(graph, here, found):
             if graph.name(here) == "IndexBackward0" and _takes_samples_in_order(graph, here, samples):
                 ordered.append(here)
             elif not _is_along_another_axis(graph, here, known[0]):
@@ -124,11 +124,13 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
         for position, edge in enumerate(graph.children[here]):
             if edge is None or not below[edge[0]]:
                 continue
-            if edge[0] in graph.leaves or found.get(edge) is Found.SHARED:
+            silent = found.get(edge) is Found.SILENT
+            # A transpose of a parameter is one whatever its gradient: that of a recurrent weight is zero at first.
+            if edge[0] in graph.leaves or found.get(edge) is Found.SHARED or (silent and Route(graph, edge).is_short):
                 chosen[position] = edge
                 uses.update(below[edge[0]])
                 shared[edge] = graph.shape(edge)
-            elif found.get(edge) is Found.SILENT:
+            elif silent:
                 lasting = False
         if chosen:
             edges[here] = chosen
@@ -152,6 +154,12 @@ def _takes_samples_in_order(graph: Graph, node: int, samples: int) -> bool:
     if indices is None:
         return True
     return indices.dim() == 1 and torch.equal(indices, torch.arange(samples, device=indices.device))
+
+
+def _is_look_up(graph: Graph, node: int, found: Layouts) -> bool:
+    """Whether a node's rows are those of a parameter, as an embedding's are: no samples are put into another order."""
+    edges = [edge for edge in graph.children[node] if edge is not None]
+    return all(edge[0] in graph.leaves or found.get(edge) is Found.SHARED for edge in edges)
 
 
 def _is_along_another_axis(graph: Graph, node: int, layout: Layout) -> bool:

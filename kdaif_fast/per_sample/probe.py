@@ -30,6 +30,10 @@ class Found(Enum):
 Layouts = dict[Edge, "Layout | Found"]
 
 
+class NotFiniteError(ValueError):
+    """A gradient is infinite or NaN, of which no factor can be seen."""
+
+
 def probe(graph: Graph, root: Tensor, cotangent: Tensor) -> Layouts:
     """The layout of every tensor in the graph that gets a gradient; the graph is kept.
 
@@ -51,6 +55,8 @@ def probe(graph: Graph, root: Tensor, cotangent: Tensor) -> Layouts:
         if values.numel() == 0 or not values.any():
             found[edge] = Found.SILENT
             continue
+        if not values.isfinite().all():
+            raise NotFiniteError(f"gradients at {graph.name(edge[0])} are not finite")
         candidates[edge] = find_layouts(values, scaled[edge], exponents)
         found[edge] = candidates[edge][0] if candidates[edge] else Found.SHARED
     several = {edge: layouts for edge, layouts in candidates.items() if len(layouts) > 1}

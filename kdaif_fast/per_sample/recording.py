@@ -25,12 +25,12 @@ from .._model import (
     transparent,
     unpack_batch,
 )
-from .graph import Edge, Graph
+from .graph import Edge, Graph, leads_to
 from .layout import Layout, explains
 from .module_rules import Block, module_terms, watched
 from .paths import Path, Route
 from .plan import Junction, Plan, make_plan
-from .probe import probe
+from .probe import NotFiniteError, probe
 from .rules import NODE_RULES, Meeting, NoRule
 from .terms import GenericTerm, Term
 
@@ -54,6 +54,7 @@ class Recording:
         name: what errors call the batch.
         trains: whether this is a training step, which updates buffers as any does.
         scale: what the losses are multiplied with before the backward pass, a tensor.
+        checks: whether to make sure that the loss, too, takes each sample by itself.
     """
 
     def __init__(
@@ -66,26 +67,28 @@ class Recording:
         name: str = "batch",
         trains: bool = False,
         scale: Tensor | None = None,
+        checks: bool = False,
     ) -> None:
         self.model = plain_model(model)
         require_no_batch_statistics(self.model)
         self.parameters = select_parameters(self.model, params)
         self._names = {id(parameter): key for key, parameter in self.parameters.items()}
         self._loss, self._name = loss, name
+        self._cuts = False  # whether the walk starts from the outputs, rather than the losses
         with torch.inference_mode(False), torch.enable_grad(), transparent(self.model):
             self._batch = unpack_batch(batch, name)
             with watched(self.model) as calls:
                 # DistributedDataParallel expects a backward pass after each of its forward passes.
                 called = self.model if trains else _inner(self.model)
                 outputs = call_model(called, self._batch.inputs, name, updates_buffers=trains)
-            self.losses, self._root, self._cotangent = self._losses(outputs, scale)
+            self.losses, self._root, self._cotangent = self._losses(outputs, scale, checks)
             self.samples = len(self.losses)
             self._graph = Graph(self._root, self._names)
             self._blocks = [Block(self._graph, call) for call in calls]
             self._plan = self._find_plan()
         self._paths: dict[Edge, Path] = {}
 
-    def _losses(self, outputs: Any, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, outputs: Any, scale: Tensor | None, checks: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [N]; the tensor that the walk starts from, and the gradient of the summed losses there."""
         if isinstance(outputs, Tensor):
             self._require_leading(len(outputs) if outputs.dim() else None)
@@ -93,8 +96,8 @@ class Recording:
             cut = outputs.detach().requires_grad_()
             losses = sample_losses(self._loss, cut, self._batch, self._name)
             root = outputs
-            if self._loss is not None and losses.grad_fn is not None and Graph(losses, self._names).leaves:
-                # A loss with parameters of the model in it (a temperature, a prototype): no cut then.
+            self._cuts = self._loss is None or not leads_to(losses, self._names)
+            if not self._cuts:  # a penalty on weights, or on activations that the model has put somewhere
                 losses = root = cut = sample_losses(self._loss, outputs, self._batch, self._name)
         elif self._loss is None:
             raise TypeError(
@@ -117,7 +120,7 @@ class Recording:
             cotangent = torch.ones_like(losses) if scale is None else torch.ones_like(losses) * scale
             return losses.detach(), root, cotangent
         # [T, N, ...] with T = N is the one form that nothing but the values can tell.
-        may_be_turned = self._loss is not None and cut.dim() > 2 and cut.shape[1] == len(losses)
+        may_be_turned = self._loss is not None and (checks or (cut.dim() > 2 and cut.shape[1] == len(losses)))
         (cotangent,) = torch.autograd.grad(total, cut, retain_graph=may_be_turned)
         if may_be_turned:
             factors = torch.exp2(-(torch.arange(len(losses), device=losses.device) % 8)).to(losses.dtype)
@@ -125,7 +128,7 @@ class Recording:
             if not explains(Layout(0), cotangent, torch.autograd.grad(scaled, cut)[0], factors):
                 raise ValueError(
                     f"loss reads outputs of shape {tuple(cut.shape)} for {self._name} so that the loss of sample i "
-                    "depends on more than outputs[i]; expected samples along the first axis"
+                    "depends on more than outputs[i]; expected samples along the first axis, each with its own loss"
                 )
         return losses.detach(), root, cotangent
 
@@ -141,13 +144,19 @@ class Recording:
 
     def _find_plan(self) -> Plan:
         known = _plans.setdefault(self.model, {})
-        key = (self._graph.key, tuple(block.position for block in self._blocks))
+        key = self._key(self._graph, self._blocks)
         plan = known.get(key)
         if plan is not None and plan.fits(self._graph, self.samples):
             return plan
         plan = self._plan_from_few(key)
         if plan is None or not plan.lasting or not plan.fits(self._graph, self.samples):
-            found = probe(self._graph, self._root, _some_cotangent(self._root))
+            try:
+                found = probe(self._graph, self._root, _some_cotangent(self._root))
+            except NotFiniteError as error:
+                raise ValueError(
+                    f"{error} on {self._name}, so that nothing tells where its samples are: infinity or NaN among the "
+                    "inputs or parameters?"
+                ) from None
             plan = make_plan(self._graph, found, self.samples, self._blocks)
         else:
             plan.require_same_shapes(self._graph)
@@ -157,6 +166,15 @@ class Recording:
             known[key] = plan
         return plan
 
+    def _key(self, graph: Graph, blocks: list[Block]) -> Any:
+        """What two passes have in common if a plan for one may be one for the other.
+
+        Axes of length 1 count: [T, N, H] laid out flat looks like [N, H] where T = 1.
+        """
+        shapes = [x.shape for x in tree_leaves(self._batch.inputs) if isinstance(x, Tensor)]
+        ones = tuple(tuple(size == 1 for size in shape) for shape in shapes)
+        return graph.key, tuple(block.position for block in blocks), ones
+
     def _plan_from_few(self, key: Any) -> Plan | None:
         """The plan by probing the same graph on a few samples, which costs little; None if that is not to be had."""
         few = 4 if self.samples == 3 else 3
@@ -164,9 +182,14 @@ class Recording:
         if self.samples not in sizes:
             return None
 
+        healthy = self.losses.isfinite().nonzero().flatten()
+        if not len(healthy):
+            return None
+        numbers = healthy[torch.arange(few, device=healthy.device) % len(healthy)]
+
         def pick(x: Any) -> Any:
             chosen = isinstance(x, Tensor) and x.dim() and len(x) == self.samples
-            return x.index_select(0, torch.arange(few, device=x.device) % self.samples) if chosen else x
+            return x.index_select(0, numbers.to(x.device)) if chosen else x
 
         batch = Batch(*tree_map(pick, tuple(self._batch)))
         devices = sorted({p.device.index for p in self.parameters.values() if p.is_cuda})
@@ -174,19 +197,23 @@ class Recording:
             try:
                 with watched(self.model) as calls:
                     root = call_model(_inner(self.model), batch.inputs, self._name)
-                if not isinstance(root, Tensor):
+                if not self._cuts:
                     assert self._loss is not None
                     extra = () if batch.teacher_logits is None else (batch.teacher_logits,)
                     root = self._loss(root, batch.targets, *extra)
-            except (RuntimeError, ValueError, TypeError, IndexError):  # not a batch that can be cut so
+            except Exception:  # not a batch that can be cut so, and it is the model that says how it says that
                 return None
         if root.grad_fn is None or not root.dim() or len(root) != few:
             return None
         graph = Graph(root, self._names)
         blocks = [Block(graph, call) for call in calls]
-        if (graph.key, tuple(block.position for block in blocks)) != key:
+        if self._key(graph, blocks) != key:
             return None
-        return make_plan(graph, probe(graph, root, _some_cotangent(root)), few, blocks)
+        try:
+            found = probe(graph, root, _some_cotangent(root))
+        except NotFiniteError:
+            return None
+        return make_plan(graph, found, few, blocks)
 
     # --- the backward pass ------------------------------------------------------------------------------------
 
@@ -210,7 +237,7 @@ class Recording:
                 terms, is_generic = self._terms(junction, grads, early.get(junction.node))
                 if is_generic:
                     generic.add(junction.node)
-                    assert junction.node in late, "a rule that has become inapplicable"
+                    assert junction.node in late or not junction.executed, "a rule that has become inapplicable"
                 receive(terms)
 
         waiting: dict[int, list[Tensor | None]] = {}
@@ -258,6 +285,8 @@ class Recording:
             names = () if rule is None else rule.saved
             for name in names:
                 raw = getattr(node, f"_raw_saved_{name}", None)
+                if isinstance(raw, tuple):  # a list of tensors
+                    raw = next((each for each in raw if each is not None), None)
                 if _is_checkpointed(raw):
                     found[junction.node] = {each: getattr(node, f"_saved_{each}") for each in names}
                 if raw is not None and raw.data is not None:  # a layer's saved tensors are all kept in the same way

@@ -218,7 +218,8 @@ def _mul(m: Meeting) -> dict[int, Term]:
         factor = m.saved(other)
         if factor is None:
             raise NoRule
-        if factor.shape == m.b.shape and m.shape(at) == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
+        alike = factor.shape == m.b.shape and factor.dtype == m.b.dtype
+        if alike and m.shape(at) == m.b.shape[-1:] and m.layout.axis < m.b.dim() - 1:
             x, b = m.positions(factor), m.positions(m.b)
             terms[at] = Materialised(persample_layer_norm(x, b, None, x.new_ones(1, 1).expand(x.shape[:2]))[0])
         else:
@@ -294,19 +295,50 @@ def _embedding(m: Meeting) -> dict[int, Term]:
     return {0: EmbeddingTerm(places, b, m.shape(0), sparse=m.saved("sparse"))}
 
 
+@node_rule("IndexBackward0", saved=("indices",))
+def _index(m: Meeting) -> dict[int, Term]:
+    # table[tokens]
+    table, places = m.shape(0), m.saved("indices")
+    if len(table) != 2 or len(places) != 1 or places[0] is None or places[0].is_floating_point():
+        raise NoRule
+    return _look_up(m, places[0], table)
+
+
+@node_rule("IndexSelectBackward0", saved=("index", "dim"))
+def _index_select(m: Meeting) -> dict[int, Term]:
+    table = m.shape(0)
+    if len(table) != 2 or m.saved("dim") != 0:
+        raise NoRule
+    return _look_up(m, m.saved("index"), table)
+
+
+def _look_up(m: Meeting, places: Tensor, table: torch.Size) -> dict[int, Term]:
+    if places.dtype in (torch.bool, torch.uint8) or m.layout.axis >= places.dim():
+        raise NoRule
+    rows = m.positions(places.long().remainder(table[0]).unsqueeze(-1)).squeeze(-1)
+    return {0: EmbeddingTerm(rows, m.positions(m.b), table)}
+
+
 @node_rule(
     "EmbeddingBagBackward0",
-    saved=("indices", "result1", "result2", "mode", "padding_idx", "per_sample_weights", "sparse"),
+    saved=(
+        *("indices", "offsets", "result1", "result2", "mode", "padding_idx", "per_sample_weights", "sparse"),
+        "scale_grad_by_freq",
+    ),
 )
 def _embedding_bag(m: Meeting) -> dict[int, Term]:
     mode, indices = m.saved("mode"), m.saved("indices")
     if mode == 2 or set(m.edges) != {0} or m.layout.axis != 0 or m.layout != Layout(0):
         raise NoRule
-    if len(m.b) != m.samples:
+    if len(m.b) != m.samples or m.saved("scale_grad_by_freq"):
         raise NoRule
-    bag = m.saved("result1")  # which bag each index is in
+    bag = m.saved("result1")  # which bag each index is in; empty where a sum has found it out as it went
     if bag.numel() != indices.numel():
-        raise NoRule
+        offsets = m.saved("offsets")
+        if len(offsets) > m.samples and int(offsets[-1]) != len(indices):  # indices after the last bag
+            raise NoRule
+        bag = torch.searchsorted(offsets[: m.samples], torch.arange(len(indices), device=indices.device), right=True)
+        bag = bag - 1
     scale = m.b.new_ones(len(indices))
     if mode == 1:
         scale = 1 / m.saved("result2").to(m.b.dtype)[bag]

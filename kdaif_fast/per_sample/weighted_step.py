@@ -110,7 +110,7 @@ def weighted_step(
         require_independence(model, batch)
     device = next(model.parameters()).device
     scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
-    recording = Recording(model, batch, loss, params, trains=True, scale=scale)
+    recording = Recording(model, batch, loss, params, trains=True, scale=scale, checks=check_independence)
     if weights is not None:
         weights = _checked(weights, recording.samples, "weights")
     if direction is None:

@@ -234,6 +234,14 @@ class TestDirections:
         assert torch.equal(per_sample_grad_dots(model, batch, direction), plain)
         assert torch.equal(per_sample_grad_dots(torch.compile(model), batch, ones(model)), plain)
 
+    def test_entry_that_is_no_tensor(self, model, batch):
+        with pytest.raises(TypeError, match=r"2\.bias.*str"):
+            per_sample_grad_dots(model, batch, ones(model) | {"2.bias": "x"})
+
+    def test_no_direction_at_all(self, model, batch):
+        direction = {name: torch.ones(0, *p.shape) for name, p in model.named_parameters()}
+        assert per_sample_grad_dots(model, batch, direction).shape == (N, 0)
+
     def test_stacks_of_different_height(self, model, batch):
         direction = {name: torch.ones(2, *p.shape) for name, p in model.named_parameters()}
         direction["0.bias"] = torch.ones(3, 4)
@@ -297,3 +305,14 @@ def test_buffers_that_do_not_fit(model, batch, fault):
         out["0.bias"] = torch.empty(4, N).t()
     with pytest.raises(ValueError, match=r"out.*0\.bias"):
         per_sample_grads(model, batch, out=out)
+
+
+@pytest.mark.parametrize("name", ["grads", "norms", "dots", "step"])
+def test_a_loss_that_mixes_samples_on_request(batch, name):
+    def contrast(outputs, targets):
+        return nn.functional.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none")
+
+    model = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match="depends on more than"):
+        CALLS[name](model, batch, contrast, check_independence=True)
+    assert_untouched(model)

@@ -4,18 +4,26 @@ import copy
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import nn
 
-from kdaif_fast.per_sample import per_sample_grad_dots, per_sample_grad_norms, per_sample_grads, weighted_step
+from kdaif_fast.per_sample import (
+    pairwise_grad_dots,
+    per_sample_grad_dots,
+    per_sample_grad_norms,
+    per_sample_grads,
+    recording,
+    weighted_step,
+)
 
-from .zoo import Case, assert_close, assert_same, flat, run, trainable
+from .zoo import Case, assert_close, assert_same, cross_entropy, flat, run, trainable
 
 CLASSES = 3
 
 
-def truth(model, batch):
-    return Case(lambda: model, lambda n: None).truth(model, batch)
+def truth(model, batch, loss=cross_entropy):
+    return Case(lambda: model, lambda n: None, loss=loss).truth(model, batch)
 
 
 def assert_right(model, batch):
@@ -244,3 +252,183 @@ def test_outputs_with_samples_in_another_axis():
             continue
         assert_same(actual, expected)
     assert run(model, batch[0]).shape == (5, 4, CLASSES)
+
+
+class PositionsFirst(nn.Module):
+    """[N, T, 5] or [N, T, H, 5], with layers on [T, N, ...]."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        y = self.two(self.one(x.transpose(0, 1).contiguous()).tanh()).mean(0)
+        return y.flatten(1, -2).mean(1) if y.dim() > 2 else y
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_one_position_does_not_tell_the_order_of_several(heads):
+    model = PositionsFirst().double()
+    for T in (1, 5, 7, 1, 2):
+        assert_right(model, (torch.randn(5, T, *heads, 5).double(), torch.randint(CLASSES, (5,))))
+
+
+@pytest.mark.parametrize("sick", [[1], [0, 1, 2]])
+def test_samples_that_are_not_finite(sick):
+    """They spoil their own numbers, and no others': neither in this batch nor, by a wrong plan, in later ones."""
+    model = mlp()
+    v = torch.randn(sum(p.numel() for p in model.parameters())).double()
+    inputs, targets = vectors(7)
+    expected = per_sample_grad_dots(copy.deepcopy(model), (inputs, targets), v)
+    spoilt = inputs.clone()
+    spoilt[sick] = torch.nan
+    actual = per_sample_grad_dots(model, (spoilt, targets), v)
+    assert torch.equal(actual.isnan().nonzero().flatten(), torch.tensor(sick))
+    assert_close(actual.nan_to_num(), torch.where(actual.isnan(), 0, expected))
+    assert_right(model, (inputs, targets))
+
+
+def test_nothing_is_finite():
+    model = mlp()
+    batch = vectors(4)
+    with pytest.raises(ValueError, match="not finite"):
+        per_sample_grad_norms(model, (batch[0] * torch.nan, batch[1]))
+    assert_right(model, batch)
+
+
+class Watched(nn.Module):
+    """Leaves an activation where a loss can find it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        self.seen = self.one(x).tanh()
+        return self.two(self.seen)
+
+
+@pytest.mark.parametrize("penalty", ["weights", "activations"])
+def test_losses_that_depend_on_more_than_the_outputs(penalty):
+    model = Watched().double()
+
+    def loss(outputs, targets):
+        more = model.one.weight.square().sum() if penalty == "weights" else model.seen.square().sum(1)
+        return cross_entropy(outputs, targets) + more
+
+    batch = vectors(6)
+    expected = truth(model, batch, loss)
+    assert_same(per_sample_grads(model, batch, loss), expected)
+    assert_close(per_sample_grad_norms(model, batch, loss), flat(expected).norm(dim=1))
+    weighted_step(model, batch, torch.ones(6), loss=loss)
+    assert_same({n: p.grad for n, p in trainable(model).items()}, {n: g.mean(0) for n, g in expected.items()})
+
+
+def test_a_matrix_that_is_used_upright_and_turned():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            return self.head((x @ self.weight.permute(1, 0)).tanh() @ self.weight.permute(0, 1))
+
+    assert_right(Turned().double(), vectors(6))
+
+
+def test_results_share_no_memory():
+    """Two biases of one sum have the same gradient."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.bias = nn.Linear(5, CLASSES), nn.Parameter(torch.zeros(CLASSES))
+
+        def forward(self, x):
+            return self.layer(x) + self.bias
+
+    grads = per_sample_grads(Twice().double(), vectors(4))
+    kept = grads["bias"].clone()
+    grads["layer.bias"].zero_()
+    assert torch.equal(grads["bias"], kept)
+
+
+def test_a_factor_in_a_wider_dtype():
+    class Wider(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            return self.head(x.bfloat16() * self.gain)
+
+    assert_right(Wider().double(), vectors(4))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_complex_parameters(first):
+    """Norms and products of them are real."""
+
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if first:
+                self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+            self.head = nn.Linear(5, CLASSES)
+            if not first:
+                self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+        def forward(self, x):
+            return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=5))
+
+    model = Filter()
+    model.head.double()
+    batch = vectors(6)
+    expected = {n: torch.view_as_real(g) if g.is_complex() else g for n, g in truth(model, batch).items()}
+    norms = per_sample_grad_norms(model, batch)
+    assert not norms.is_complex()
+    assert_close(norms, flat(expected).norm(dim=1))
+    parts = per_sample_grad_norms(model, batch, per_parameter=True)
+    assert_same(parts, {n: g.flatten(1).norm(dim=1) for n, g in expected.items()})
+    assert_close(pairwise_grad_dots(model, batch, batch), flat(expected) @ flat(expected).T)
+    v = {n: torch.randn_like(p) for n, p in trainable(model).items()}
+    v_flat = flat({n: torch.view_as_real(x) if x.is_complex() else x for n, x in v.items()}, 0)
+    assert_close(per_sample_grad_dots(model, batch, v), flat(expected) @ v_flat)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError])
+def test_a_model_that_takes_no_small_batches(error):
+    """It cannot be run on a few samples, three of them, whatever it raises."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            if len(x) == 3:
+                raise error
+            return self.layer(x)
+
+    assert_right(Fixed().double(), vectors(6))
+
+
+@pytest.mark.parametrize("by", ["index", "index_select"])
+def test_a_bare_table_is_as_good_as_an_embedding(by, monkeypatch):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.randn(9, 5)), nn.Linear(5, CLASSES)
+
+        def forward(self, tokens):
+            rows = self.table[tokens] if by == "index" else self.table.index_select(0, tokens.flatten())
+            return self.head(rows.view(*tokens.shape, 5).tanh()).mean(1)
+
+    def batch():
+        return torch.randint(-9 if by == "index" else 0, 9, (6, 4)), torch.randint(CLASSES, (6,))
+
+    model = Table().double()
+    assert_right(model, batch())
+    monkeypatch.setattr(recording, "probe", lambda *_: pytest.fail("looked for the samples again"))
+    monkeypatch.setattr(recording, "GenericTerm", lambda *_: pytest.fail("no rule"))
+    assert_right(model, batch())

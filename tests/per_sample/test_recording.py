@@ -79,6 +79,29 @@ def test_zero_gradients_are_not_taken_for_knowledge(probes):
     assert probes[-1] == 3
 
 
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_model_is_probed_once(probes, layer):
+    """Its recurrent weight has no gradient at the first step, where the state is zero."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = layer(4, 5, batch_first=True).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model = Last()
+    for n in (7, 5):
+        samples = torch.randn(n, 3, 4, dtype=torch.float64), torch.randint(3, (n,))
+        losses = F.cross_entropy(model(samples[0]), samples[1], reduction="none")
+        rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        grads = torch.cat([g.flatten(1) for g in per_sample_grads(model, samples).values()], 1)
+        torch.testing.assert_close(grads, truth)
+    assert len(probes) == 1
+
+
 def test_routed_rows_are_probed_for_every_batch(probes):
     class Routed(nn.Module):
         def __init__(self):

@@ -175,6 +175,13 @@ for mode in ("sum", "mean", "max"):
         lambda mode=mode: nn.EmbeddingBag(VOCABULARY, 4, mode=mode, padding_idx=1),
         5,
     )
+for mode in ("sum", "mean"):
+    lookup(
+        f"bag of embeddings, {mode}, scaled by frequency",
+        lambda mode=mode: nn.EmbeddingBag(VOCABULARY, 4, mode=mode, scale_grad_by_freq=True),
+        5,
+        alone=False,
+    )
 lookup("sparse bag of embeddings", lambda: nn.EmbeddingBag(VOCABULARY, 4, mode="sum", sparse=True), 5)
 
 

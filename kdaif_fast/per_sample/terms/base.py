@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..._tree import wide_dtype
+from ..._tree import as_real, wide_dtype
 
 # Per-sample gradients that are only a step to something else are made in blocks of about this many elements.
 BLOCK_ELEMENTS = 1 << 22
@@ -48,7 +48,7 @@ class Term(ABC):
         pieces = []
         for start in range(0, self.samples, step):
             G = self.block(start, min(start + step, self.samples)).grads().reshape(-1, self.shape.numel())
-            pieces.append(G.to(wide_dtype(G.dtype)).square().sum(1))
+            pieces.append(as_real(G.to(wide_dtype(G.dtype))).square().sum(1))
         return torch.cat(pieces)
 
     def step(self, directions: Tensor) -> tuple[Tensor, Term]:
@@ -69,7 +69,7 @@ class Materialised(Term):
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
-        flat, directions = self._flat(), directions.reshape(len(directions), -1)
+        flat, directions = self._flat(), directions.reshape(len(directions), self.shape.numel())
         wide = wide_dtype(flat.dtype)
         if flat.dtype != wide or directions.dtype != wide:
             flat, directions = flat.to(wide), directions.to(wide)

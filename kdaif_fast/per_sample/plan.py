@@ -130,7 +130,7 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
                 chosen[position] = edge
                 uses.update(below[edge[0]])
                 shared[edge] = graph.shape(edge)
-            elif silent:
+            elif silent and _may_meet_parameters(graph, edge, found, below):
                 lasting = False
         if chosen:
             edges[here] = chosen
@@ -146,6 +146,24 @@ def make_plan(graph: Graph, found: Layouts, samples: int, blocks: Sequence[Block
         for here, chosen in edges.items()
     ]
     return Plan(junctions, uses, lasting, ordered, shared)
+
+
+def _may_meet_parameters(graph: Graph, edge: Edge, found: Layouts, below: Sequence[frozenset[str]]) -> bool:
+    """Whether a tensor of which nothing is known may be made from parameters without others that are known in between.
+
+    A gate of a recurrent cell that is times a state of zeros is not: it leads to the cell's product, which is known.
+    """
+    seen, stack = {edge[0]}, [edge[0]]
+    while stack:
+        for child in graph.children[stack.pop()]:
+            if child is None or not below[child[0]] or isinstance(found.get(child), Layout):
+                continue
+            if child[0] in graph.leaves or found.get(child) is not Found.SILENT:
+                return True
+            if child[0] not in seen:
+                seen.add(child[0])
+                stack.append(child[0])
+    return False
 
 
 def _takes_samples_in_order(graph: Graph, node: int, samples: int) -> bool:

@@ -31,8 +31,9 @@ from .module_rules import Block, module_terms, watched
 from .paths import Path, Route
 from .plan import Junction, Plan, make_plan
 from .probe import NotFiniteError, probe
-from .rules import NODE_RULES, Meeting, NoRule
+from .rules import NODE_RULES, Meeting
 from .terms import GenericTerm, Term
+from .terms.base import NoRule
 
 # Plans of one model: for each mode, choice of parameters and shape of graph (a data-dependent model has several).
 _PLANS_KEPT = 32

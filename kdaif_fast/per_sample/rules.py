@@ -13,11 +13,8 @@ from ..ops.persample_layer_norm import persample_layer_norm
 from .graph import Edge, Graph
 from .layout import Layout, Scattered
 from .terms import BroadcastTerm, ConvolutionTerm, EmbeddingTerm, LinearTerm, Materialised, Term
+from .terms.base import NoRule
 from .terms.convolution import Convolution
-
-
-class NoRule(Exception):  # noqa: N818
-    """The node is a case that its rule does not cover."""
 
 
 class Meeting:
@@ -85,10 +82,7 @@ class Meeting:
 
     def broadcast(self, values: Tensor, position: int) -> Term:
         """The term of a parameter that was broadcast to the node's output."""
-        try:
-            return BroadcastTerm(values, self.layout, self.samples, self.shape(position))
-        except NotImplementedError:
-            raise NoRule from None
+        return BroadcastTerm(values, self.layout, self.samples, self.shape(position))
 
 
 Rule = Callable[[Meeting], dict[int, Term]]

@@ -13,6 +13,10 @@ from ..._tree import as_real, wide_dtype
 BLOCK_ELEMENTS = 1 << 22
 
 
+class NoRule(Exception):  # noqa: N818
+    """A case that the rule of a node, or the term it makes, does not cover: the generic term does."""
+
+
 class Term(ABC):
     """G_i, the gradient of each sample's loss in one tensor of parameters, not necessarily formed.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._tree import wide_dtype
 from ..layout import Layout
-from .base import Materialised
+from .base import Materialised, NoRule
 
 
 class BroadcastTerm(Materialised):
@@ -38,7 +38,7 @@ class BroadcastTerm(Materialised):
             else:
                 kept.append(at)
         if layout.axis >= missing and shape[layout.axis - missing] != 1:
-            raise NotImplementedError("a parameter with an axis of samples")
+            raise NoRule  # a parameter with an axis of samples
         wide = wide_dtype(values.dtype)
         if len(axes) == 1 and per_sample.shape[1] == 1:
             summed = per_sample.squeeze(1)

@@ -4,7 +4,7 @@ from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
 from .curvature import hvp
-from .influence import influence_scores, influence_weights, sigmoid_weights
+from .influence import influence_scores, influence_weights, sigmoid_weights, tracin_scores
 from .per_sample import (
     pairwise_grad_dots,
     per_sample_grad_dots,
@@ -32,6 +32,7 @@ __all__ = [
     "per_sample_grads",
     "sigmoid_weights",
     "solvers",
+    "tracin_scores",
     "weighted_step",
 ]
 __version__ = "0.1.0"

@@ -6,13 +6,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
-from .._model import Loss, Params, plain_model, require_independent_samples
+from .._data import Batches
+from .._model import Loss, Params, plain_model, require_independent_samples, select_parameters
 from .._tree import product_dtype
+from ..per_sample.directions import read_directions
+from ..per_sample.dots import Dots
 from ..per_sample.paths import Path
 from ..per_sample.recording import Recording
 from ..per_sample.terms import Term
 from ..per_sample.terms.base import BLOCK_ELEMENTS
+
+
+def read_data(
+    model: nn.Module, params: Params | None, *, any_order: tuple[str, ...] = (), **data: Any
+) -> tuple[list[str], list[Batches]]:
+    """The names of the chosen parameters, and the data as batches, which a loader gives on the parameters' device.
+
+    Raises ValueError for a loader that shuffles, unless its name is in `any_order`: scores come in the samples' order.
+    """
+    parameters = select_parameters(plain_model(model), params)
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, expected real parameters; choose them by params"
+            )
+    device = next(iter(parameters.values())).device
+    for name, value in data.items():
+        if isinstance(value, DataLoader) and isinstance(value.sampler, RandomSampler) and name not in any_order:
+            raise ValueError(f"{name} is a DataLoader that shuffles, expected one order of samples: shuffle=False")
+    return list(parameters), [Batches(value, name, device) for name, value in data.items()]
 
 
 def record(model: nn.Module, batch: Any, loss: Loss | None, params: Params | None, label: str) -> Recording:
@@ -48,6 +72,19 @@ def columns(parameters: dict[str, Tensor]) -> dict[str, slice]:
     return where
 
 
+def gradient_dots(recording: Recording, vectors: Tensor, label: str) -> Tensor:
+    """<grad l_i, v_k> for every sample and every row of [K, P]: [N, K]. Raises ValueError where it is not finite."""
+    dots = Dots(recording, read_directions(vectors, recording.parameters)[0])
+
+    def receive(terms: list[tuple[Path, Term]]) -> None:
+        for path, term in terms:
+            dots.add(term.dots(dots.along(path)))
+
+    recording.visit(receive)
+    require_finite_rows(dots.total, label)
+    return dots.total
+
+
 def sample_gradients(recording: Recording) -> Tensor:
     """Every sample's gradient, flat: [N, P], in float32 at least. Formed in blocks of one layer, beside the result."""
     N, where = recording.samples, columns(recording.parameters)
@@ -66,7 +103,7 @@ def sample_gradients(recording: Recording) -> Tensor:
 
 
 def weighted_gradients(recording: Recording, weights: Tensor) -> Tensor:
-    """sum_i w_ki grad l_i for K sets of weights: [K, N] -> [K, P], in float32 at least. No sample's gradient is formed."""
+    """sum_i w_ki grad l_i for K sets of weights: [K, N] -> [K, P], in float32 at least. Forms none by itself."""
     where = columns(recording.parameters)
     rows = _zeros(recording, len(weights))
 

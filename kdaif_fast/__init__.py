@@ -4,7 +4,7 @@ from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
 from .curvature import hvp
-from .influence import influence_scores, influence_weights, sigmoid_weights, tracin_scores
+from .influence import datainf_scores, influence_scores, influence_weights, sigmoid_weights, tracin_scores
 from .per_sample import (
     pairwise_grad_dots,
     per_sample_grad_dots,
@@ -21,6 +21,7 @@ __all__ = [
     "backend",
     "backends",
     "curvature",
+    "datainf_scores",
     "hvp",
     "influence_scores",
     "influence_weights",

@@ -108,9 +108,10 @@ class CurvatureOperator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def products(columns: Any) -> Any:
-            rows = torch.as_tensor(columns).T.reshape(-1, self.size).to(device=self.device, dtype=self.dtype)
+            matrix = torch.as_tensor(columns).reshape(self.size, -1)
+            rows = matrix.T.to(device=self.device, dtype=self.dtype)
             result = (self._products(rows) + damping * rows).double().cpu().numpy()
-            return result.T.reshape(columns.shape)
+            return result.T.reshape(columns.shape)  # SciPy asks with [P], [P, 1] and [P, K]
 
         return LinearOperator(
             (self.size, self.size), matvec=products, rmatvec=products, matmat=products, dtype="float64"

@@ -4,7 +4,15 @@ from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
 from .curvature import hvp
-from .influence import datainf_scores, influence_scores, influence_weights, sigmoid_weights, tracin_scores
+from .influence import (
+    ProjectedGradients,
+    datainf_scores,
+    influence_scores,
+    influence_weights,
+    projected_scores,
+    sigmoid_weights,
+    tracin_scores,
+)
 from .per_sample import (
     pairwise_grad_dots,
     per_sample_grad_dots,
@@ -18,6 +26,7 @@ __all__ = [
     "ConvergenceWarning",
     "DistillationLoss",
     "MissingKernelsWarning",
+    "ProjectedGradients",
     "backend",
     "backends",
     "curvature",
@@ -31,6 +40,7 @@ __all__ = [
     "per_sample_grad_dots",
     "per_sample_grad_norms",
     "per_sample_grads",
+    "projected_scores",
     "sigmoid_weights",
     "solvers",
     "tracin_scores",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,17 @@ from .._model import plain_name
 
 Checkpoint: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | Callable[[nn.Module], Any]"
 """A state dict, a file of one, or a function of the model that returns one or puts the model into a state itself."""
+
+
+def read_checkpoints(checkpoints: Any) -> list[Checkpoint]:
+    """Several checkpoints as a list. Raises TypeError, ValueError unless there is one at least."""
+    if isinstance(checkpoints, (str, Mapping)) or not isinstance(checkpoints, Iterable):
+        kind = type(checkpoints).__name__
+        raise TypeError(f"checkpoints is a {kind}, expected a list of state dicts, files or functions")
+    states = list(checkpoints)
+    if not states:
+        raise ValueError("checkpoints is empty: give at least one")
+    return states
 
 
 @contextlib.contextmanager

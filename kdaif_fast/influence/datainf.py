@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -16,12 +14,10 @@ from .._tree import wide_dtype
 from ..per_sample.directions import read_directions
 from ..per_sample.groups import Group, blocks, visit_groups
 from ..per_sample.recording import Recording
+from .damping import AUTO_DAMPING, check_damping
 from .gradients import columns, gradient_dots, read_data, record, require_finite_rows
 from .progress import track
 from .queries import check_queries, query_gradients
-
-AUTO_DAMPING = 0.1
-"""What "auto" damping multiplies the mean square of a parameter's gradients with; as in the paper's experiments."""
 
 
 @torch.inference_mode(False)
@@ -83,6 +79,8 @@ def datainf_scores(
     """
     check_queries(queries)
     check_damping(damping)
+    if damping == 0:
+        raise ValueError("damping is 0, expected a number > 0 or 'auto'")
     plain = plain_model(model)
     any_order = () if queries == "per_sample" else ("val",)
     chosen, (train_batches, val_batches) = read_data(plain, params, any_order=any_order, train=train, val=val)
@@ -102,16 +100,6 @@ def datainf_scores(
     passes(train_batches, "scores", lambda label, recording: phi.append(gradient_dots(recording, solved, label).neg_()))
     scores = torch.cat(phi)
     return scores[:, 0] if queries == "mean" else scores
-
-
-def check_damping(damping: Any) -> None:
-    """Raise unless it is a number > 0 or "auto"."""
-    if damping == "auto":
-        return
-    if isinstance(damping, bool) or not isinstance(damping, Real):
-        raise TypeError(f"damping is {damping!r}, expected a number > 0 or 'auto'")
-    if not 0 < damping < math.inf:
-        raise ValueError(f"damping is {damping!r}, expected a finite number > 0 or 'auto'")
 
 
 class _Damping:

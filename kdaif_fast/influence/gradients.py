@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,17 +86,23 @@ def gradient_dots(recording: Recording, vectors: Tensor, label: str) -> Tensor:
     return dots.total
 
 
+def formed(path: Path, term: Term) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """A term's gradients for some samples at a time: (start, stop, {name: [stop - start, *shape]})."""
+    step = max(1, BLOCK_ELEMENTS // max(1, term.shape.numel()))
+    for start in range(0, term.samples, step):
+        stop = min(start + step, term.samples)
+        yield start, stop, path.pull(term.block(start, stop).grads())
+
+
 def sample_gradients(recording: Recording) -> Tensor:
     """Every sample's gradient, flat: [N, P], in float32 at least. Formed in blocks of one layer, beside the result."""
-    N, where = recording.samples, columns(recording.parameters)
-    rows = _zeros(recording, N)
+    where = columns(recording.parameters)
+    rows = _zeros(recording, recording.samples)
 
     def receive(terms: list[tuple[Path, Term]]) -> None:
         for path, term in terms:
-            step = max(1, BLOCK_ELEMENTS // max(1, term.shape.numel()))
-            for start in range(0, N, step):
-                stop = min(start + step, N)
-                for name, pulled in path.pull(term.block(start, stop).grads()).items():
+            for start, stop, grads in formed(path, term):
+                for name, pulled in grads.items():
                     rows[start:stop, where[name]] += pulled.reshape(stop - start, -1)
 
     recording.visit(receive)

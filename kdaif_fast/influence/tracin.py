@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import Loss, Params, plain_model
-from .checkpoints import Checkpoint, at_checkpoint, keeps_state
+from .checkpoints import Checkpoint, at_checkpoint, keeps_state, read_checkpoints
 from .gradients import gradient_dots, read_data, record
 from .progress import track
 from .queries import check_queries, query_gradients
@@ -75,7 +75,7 @@ def tracin_scores(
     """
     check_queries(queries)
     plain = plain_model(model)
-    states = _read_checkpoints(checkpoints)
+    states = read_checkpoints(checkpoints)
     factors = _read_weights(weights, len(states))
     any_order = () if queries == "per_sample" else ("val",)
     chosen, (train_batches, val_batches) = read_data(plain, params, any_order=any_order, train=train, val=val)
@@ -93,16 +93,6 @@ def tracin_scores(
                     total[index] += dots
     phi = torch.cat(total)
     return phi[:, 0] if queries == "mean" else phi
-
-
-def _read_checkpoints(checkpoints: Any) -> list[Checkpoint]:
-    if isinstance(checkpoints, (str, Mapping)) or not isinstance(checkpoints, Iterable):
-        kind = type(checkpoints).__name__
-        raise TypeError(f"checkpoints is a {kind}, expected a list of state dicts, files or functions")
-    states = list(checkpoints)
-    if not states:
-        raise ValueError("checkpoints is empty: give at least one")
-    return states
 
 
 def _read_weights(weights: Sequence[float] | None, count: int) -> list[float]:

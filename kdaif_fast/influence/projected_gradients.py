@@ -26,6 +26,12 @@ METHODS = ("factored", "dense")
 ROWS_AT_ONCE = 1 << 24
 """How many elements of the features are in work at a time."""
 
+ROUNDING = 10
+"""How many times the rounding of its largest entry the damped matrix has to be above zero to be inverted."""
+
+SAME = 1e-9
+"""By how much sums over the model's parameters may differ, relative to them, for it to be the same model."""
+
 _FEATURES, _SETTINGS = "features.npy", "settings.json"
 
 
@@ -205,7 +211,8 @@ class ProjectedGradients:
             lam = AUTO_DAMPING * mean if damping == "auto" else float(damping)
             damped = kernel + lam * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
             factor, failed = torch.linalg.cholesky_ex(damped)
-            if int(failed):
+            least = ROUNDING * torch.finfo(self._projection.dtype).eps * float(kernel.diagonal().max())
+            if int(failed) or float(factor.diagonal().min()) ** 2 <= least:
                 raise ValueError(f"damping is {damping!r}, too little to invert the {len(kernel)} features of {name}")
             solved[:, where] = torch.cholesky_solve(wanted[:, where].T, factor).T
         directions = solved.to(self._projection.dtype)
@@ -230,7 +237,7 @@ class ProjectedGradients:
 
     def _require_same_model(self) -> None:
         now = fingerprint(self._model)
-        if any(abs(a - b) > 1e-6 * abs(a) for a, b in zip(self._fingerprint, now, strict=True)):
+        if any(abs(a - b) > SAME * abs(a) for a, b in zip(self._fingerprint, now, strict=True)):
             raise ValueError("the model is not as it was when the features were made: its parameters have changed")
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -50,5 +50,11 @@ class RowFile:
 
 
 def map_rows(path: Path) -> Tensor:
-    """The matrix of a file, memory-mapped: read as it is used. Changes do not reach the file."""
+    """The matrix of a file, memory-mapped: read as it is used. Changes do not reach the file.
+
+    Raises ValueError for a file that was not written to its end.
+    """
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError(f"{str(path)!r} is not a whole .npy file: it was not written to its end")
     return torch.from_numpy(np.load(path, mmap_mode="c"))

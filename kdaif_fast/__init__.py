@@ -10,6 +10,7 @@ from .influence import (
     influence_scores,
     influence_weights,
     projected_scores,
+    self_influence,
     sigmoid_weights,
     tracin_scores,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "per_sample_grad_norms",
     "per_sample_grads",
     "projected_scores",
+    "self_influence",
     "sigmoid_weights",
     "solvers",
     "tracin_scores",

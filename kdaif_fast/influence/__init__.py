@@ -4,6 +4,7 @@ from .datainf import datainf_scores
 from .projected import projected_scores
 from .projected_gradients import ProjectedGradients
 from .scores import influence_scores
+from .self_influence import self_influence
 from .tracin import tracin_scores
 from .weights import influence_weights, sigmoid_weights
 
@@ -13,6 +14,7 @@ __all__ = [
     "influence_scores",
     "influence_weights",
     "projected_scores",
+    "self_influence",
     "sigmoid_weights",
     "tracin_scores",
 ]

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from .._data import Batches
 from .._model import Loss, Params, plain_model
-from .._tree import wide_dtype
 from ..per_sample.directions import read_directions
 from ..per_sample.groups import Group, blocks, visit_groups
 from ..per_sample.recording import Recording
 from .damping import AUTO_DAMPING, check_damping
-from .gradients import columns, gradient_dots, read_data, record, require_finite_rows
+from .gradients import columns, flat_rows, gradient_dots, read_data, record, require_finite_rows, squared_norms
 from .progress import track
 from .queries import check_queries, query_gradients
 
@@ -112,7 +111,7 @@ class _Damping:
 
     def add(self, label: str, recording: Recording) -> None:
         """Take in one batch."""
-        for name, squares in _squared_norms(recording).items():
+        for name, squares in squared_norms(recording).items():
             require_finite_rows(squares, label)
             total = squares.sum() * (AUTO_DAMPING / recording.parameters[name].numel())
             self._squares[name] = self._squares[name] + total if name in self._squares else total
@@ -123,29 +122,6 @@ class _Damping:
         if self._damping != "auto":
             return like.new_tensor(float(self._damping))
         return self._squares[name].to(like.dtype) / self._samples if name in self._squares else like.new_zeros(())
-
-
-def _squared_norms(recording: Recording) -> dict[str, Tensor]:
-    """|g_il|^2 for every parameter that takes part: [N]."""
-    squares: dict[str, Tensor] = {}
-
-    def receive(group: Group) -> None:
-        term = group.single()
-        if term is not None:
-            squares[next(iter(group.names))] = term.squared_norms()
-            return
-        pieces = [
-            {name: _flat(grads).square().sum(1) for name, grads in group.grads(start, stop).items()}
-            for start, stop in blocks(group, recording.samples)
-        ]
-        squares.update({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
-
-    visit_groups(recording, receive)
-    return squares
-
-
-def _flat(grads: Tensor) -> Tensor:
-    return grads.reshape(len(grads), -1).to(wide_dtype(grads.dtype))
 
 
 class _Directions:
@@ -178,7 +154,7 @@ class _Directions:
                 return
             for start, stop in blocks(group, recording.samples):
                 for name, grads in group.grads(start, stop).items():
-                    G = _flat(grads)
+                    G = flat_rows(grads)
                     dots, squares = G @ self._queries[:, where[name]].T.to(G.dtype), G.square().sum(1, keepdim=True)
                     self._sums[:, where[name]] += self._factors(name, dots, squares).T @ G
 

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from .._data import Batches
 from .._model import Loss, Params, plain_model, require_independent_samples, select_parameters
-from .._tree import product_dtype
+from .._tree import product_dtype, wide_dtype
 from ..per_sample.directions import read_directions
 from ..per_sample.dots import Dots
+from ..per_sample.groups import Group, blocks, visit_groups
 from ..per_sample.paths import Path
 from ..per_sample.recording import Recording
 from ..per_sample.terms import Term
@@ -56,12 +57,12 @@ def record(model: nn.Module, batch: Any, loss: Loss | None, params: Params | Non
     return recording
 
 
-def require_finite_rows(rows: Tensor, label: str, what: str = "gradient") -> None:
-    """Raise ValueError at the first sample with a row [N, ...] that is not finite. Looks at the values."""
+def require_finite_rows(rows: Tensor, label: str, what: str = "gradient", first: int = 0) -> None:
+    """Raise ValueError at the first sample with a row [N, ...] that is not finite; `first`: the first row's sample."""
     finite = rows.isfinite().reshape(len(rows), -1).all(1)
     if not finite.all():
         index = int((~finite).nonzero()[0])
-        raise ValueError(f"{label}: sample {index} has a {what} that is not finite")
+        raise ValueError(f"{label}: sample {first + index} has a {what} that is not finite")
 
 
 def columns(parameters: dict[str, Tensor]) -> dict[str, slice]:
@@ -86,6 +87,30 @@ def gradient_dots(recording: Recording, vectors: Tensor, label: str) -> Tensor:
     return dots.total
 
 
+def squared_norms(recording: Recording) -> dict[str, Tensor]:
+    """|g_il|^2 for every parameter that takes part: [N]."""
+    squares: dict[str, Tensor] = {}
+
+    def receive(group: Group) -> None:
+        term = group.single()
+        if term is not None:
+            squares[next(iter(group.names))] = term.squared_norms()
+            return
+        pieces = [
+            {name: flat_rows(grads).square().sum(1) for name, grads in group.grads(start, stop).items()}
+            for start, stop in blocks(group, recording.samples)
+        ]
+        squares.update({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+
+    visit_groups(recording, receive)
+    return squares
+
+
+def flat_rows(grads: Tensor) -> Tensor:
+    """[n, *shape] -> [n, elements], in float32 at least."""
+    return grads.reshape(len(grads), -1).to(wide_dtype(grads.dtype))
+
+
 def formed(path: Path, term: Term) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """A term's gradients for some samples at a time: (start, stop, {name: [stop - start, *shape]})."""
     step = max(1, BLOCK_ELEMENTS // max(1, term.shape.numel()))
@@ -103,10 +128,33 @@ def sample_gradients(recording: Recording) -> Tensor:
         for path, term in terms:
             for start, stop, grads in formed(path, term):
                 for name, pulled in grads.items():
-                    rows[start:stop, where[name]] += pulled.reshape(stop - start, -1)
+                    rows[start:stop, where[name]] += flat_rows(pulled)
 
     recording.visit(receive)
     return rows
+
+
+class KeptGradients:
+    """The terms of a recorded pass, kept: gradients of any of its samples, flat, are formed when asked for.
+
+    Memory: the inputs and the output gradients of all layers for the batch.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._where = columns(recording.parameters)
+        self._terms: list[tuple[Path, Term]] = []
+        recording.visit(self._terms.extend)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Gradients of the samples from start to stop: [stop - start, P]."""
+        rows = _zeros(self._recording, stop - start)
+        with torch.no_grad():
+            for path, term in self._terms:
+                for first, last, grads in formed(path, term.block(start, stop)):
+                    for name, pulled in grads.items():
+                        rows[first:last, self._where[name]] += flat_rows(pulled)
+        return rows
 
 
 def weighted_gradients(recording: Recording, weights: Tensor) -> Tensor:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from .._data import Batches
-from .._model import Loss, Params, plain_model, require_independent_samples, select_parameters
+from .._model import (
+    Batch,
+    Loss,
+    Params,
+    plain_model,
+    random_states,
+    require_independent_samples,
+    run_model,
+    select_parameters,
+)
 from .._tree import product_dtype, wide_dtype
 from ..per_sample.directions import read_directions
 from ..per_sample.dots import Dots
@@ -29,11 +38,6 @@ def read_data(
     Raises ValueError for a loader that shuffles, unless its name is in `any_order`: scores come in the samples' order.
     """
     parameters = select_parameters(plain_model(model), params)
-    for name, parameter in parameters.items():
-        if parameter.is_complex():
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}, expected real parameters; choose them by params"
-            )
     device = next(iter(parameters.values())).device
     for name, value in data.items():
         if isinstance(value, DataLoader) and isinstance(value.sampler, RandomSampler) and name not in any_order:
@@ -41,13 +45,18 @@ def read_data(
     return list(parameters), [Batches(value, name, device) for name, value in data.items()]
 
 
-def record(model: nn.Module, batch: Any, loss: Loss | None, params: Params | None, label: str) -> Recording:
-    """A recorded pass for influence: samples that are independent, losses that are finite, parameters that are real.
+def record(model: nn.Module, batch: Batch, loss: Loss | None, params: Params | None, label: str) -> Recording:
+    """A recorded pass for influence: samples that are independent, no random outputs, finite losses, real parameters.
 
     Raises TypeError, ValueError: else, or if the arguments do not fit together; `label` is what errors call the batch.
     """
-    require_independent_samples(plain_model(model))
-    recording = Recording(model, batch, loss, params, name=label)
+    plain = plain_model(model)
+    require_independent_samples(plain)
+    before = random_states(plain)
+    recording = Recording(plain, batch, loss, params, name=label)
+    if any(not torch.equal(a, b) for a, b in zip(before, random_states(plain), strict=True)):
+        with torch.no_grad():
+            run_model(plain, batch.inputs, label)  # raises if the draws have been used
     for name, parameter in recording.parameters.items():
         if parameter.is_complex():
             raise ValueError(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kdaif_fast._model import Batch
 from kdaif_fast.influence.gradients import record, sample_gradients
 from kdaif_fast.influence.projection import DenseProjection, FactoredProjection
 from tests.cases import MODELS, Dense, make
@@ -47,7 +48,7 @@ def case(name):
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_factors_against_formed_gradients(name, dims):
     model, batch = case(name)
-    recording = record(model, batch, None, None, "batch")
+    recording = record(model, Batch(*batch), None, None, "batch")
     projection = FactoredProjection(recording.parameters, dims, "normal", 0)
     dense = Dense(model)
     grads = dense.grads(batch)
@@ -64,13 +65,13 @@ def test_factors_against_formed_gradients(name, dims):
 def test_dense_is_one_matrix(name):
     """R is read off gradients that are projected one by one, and does not depend on how much of it is kept."""
     model, batch = case(name)
-    grads = sample_gradients(record(model, batch, None, None, "batch"))
+    grads = sample_gradients(record(model, Batch(*batch), None, None, "batch"))
     torch.testing.assert_close(grads, Dense(model).grads(batch), rtol=1e-9, atol=1e-11)
     parameters = dict(model.named_parameters())
     kept = DenseProjection(parameters, 5, "rademacher", 3, memory=1 << 20)
-    features = kept.features(record(model, batch, None, None, "batch"))
+    features = kept.features(record(model, Batch(*batch), None, None, "batch"))
     again = DenseProjection(parameters, 5, "rademacher", 3, memory=0).features(
-        record(model, batch, None, None, "batch")
+        record(model, Batch(*batch), None, None, "batch")
     )
     assert torch.equal(features, again)
     matrix = torch.cat([kept._matrix(name, 0, p.numel()) for name, p in parameters.items()], 1)
@@ -87,7 +88,7 @@ def test_dot_products_are_right_on_average(method, kind):
     truth = grads @ grads.T
     estimates = []
     for seed in range(400):
-        recording = record(model, batch, None, None, "batch")
+        recording = record(model, Batch(*batch), None, None, "batch")
         projection = {
             "dense": lambda p, s: DenseProjection(p, 8, kind, s, memory=1 << 20),
             "factored": lambda p, s: FactoredProjection(p, 9, kind, s),
@@ -109,7 +110,7 @@ def test_enough_dimensions_change_nothing(name):
         lambda p: DenseProjection(p, 10_000, "normal", 0, 0),
         lambda p: FactoredProjection(p, 10_000, "normal", 0),
     ):
-        recording = record(model, batch, None, None, "batch")
+        recording = record(model, Batch(*batch), None, None, "batch")
         projection = build(recording.parameters)
         assert projection.size == grads.shape[1]
         torch.testing.assert_close(projection.features(recording), grads, rtol=1e-9, atol=1e-11)
@@ -123,7 +124,7 @@ def test_half_precision_is_projected_in_float32():
         DenseProjection(dict(model.named_parameters()), 9, "normal", 0, 1 << 20),
     ):
         features = projection.features(
-            record(model, batch, lambda z, y: F.cross_entropy(z.float(), y, reduction="none"), None, "batch")
+            record(model, Batch(*batch), lambda z, y: F.cross_entropy(z.float(), y, reduction="none"), None, "batch")
         )
         assert features.dtype == torch.float32
         assert features.isfinite().all()

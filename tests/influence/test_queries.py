@@ -88,3 +88,24 @@ class TestBadInput:
         model, val, _ = make("conv")
         with pytest.raises(ValueError, match="drops units at random"):
             query_gradients(model.train(), Batches(val, "val"), "mean")
+
+    def test_functional_dropout(self):
+        class Dropping(nn.Linear):
+            def forward(self, x):
+                drawn = torch.rand(())  # which alone is no harm
+                return nn.functional.dropout(super().forward(x), 0.5, self.training) + 0 * drawn
+
+        model, val = Dropping(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
+        with pytest.raises(ValueError, match="the model's outputs on val are random"):
+            query_gradients(model, Batches(val, "val"), "mean")
+        query_gradients(model.eval(), Batches(val, "val"), "mean")
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_progress(progress, shown, capsys):
+    """None shows it on a terminal only, which this is not."""
+    model, val, _ = make("mlp")
+    query_gradients(model, Batches(loader(val, 5), "val"), "mean", progress=progress)
+    said = capsys.readouterr().err
+    assert ("gradients of val: 100%" in said and "3/3" in said) == shown
+    assert bool(said) == shown

@@ -24,6 +24,8 @@ AUTO_PROBES = 4
 LEAST_DAMPING = 1e-6
 """What "auto" damping is at least, relative to the largest eigenvalue: some ten times float32's rounding of it."""
 
+SOLVERS = ("cg", "exact")
+
 VECTORS = 8
 """How many vectors [P] a right-hand side takes in the solve: itself, the solution, and the solver's own."""
 
@@ -37,6 +39,7 @@ def self_influence(
     loss: Loss | None = None,
     params: Params | None = None,
     curvature: Any = "identity",
+    solver: str = "cg",
     damping: float | Literal["auto"] = "auto",
     tol: float | None = 1e-3,
     max_iter: int = 500,
@@ -58,10 +61,12 @@ def self_influence(
         params: names (of parameters or submodules), parameters or submodules; default all that require grad.
         curvature: C: "identity", for which no gradient is formed; the name of another curvature, "ggn" for example; or
             an operator: an object over the same parameters with `.solve(b, damping)`, as EKFAC has it, or `.matmat`.
-            Without a `.solve`, every sample is a right-hand side of conjugate gradients.
+            Without a `.solve`, every sample is a right-hand side of the solver.
+        solver: "cg", conjugate gradients; or "exact", for up to 20,000 parameters: C as a matrix, factored once; cheaper
+            where there are fewer parameters than samples times iterations of cg.
         damping: added to every eigenvalue of C; "auto" is 0.1 times the mean eigenvalue of C (0 for "identity").
-        tol: the relative residual at which a solve stops; None spends exactly max_iter products.
-        max_iter: the most products to spend on a block of samples.
+        tol: the relative residual at which cg stops; None spends exactly max_iter products.
+        max_iter: the most products that cg spends on a block of samples.
         memory: bytes for the samples that are solved for together, with what conjugate gradients need.
         progress: show a progress bar; None shows it for a loader on a terminal only.
 
@@ -74,8 +79,8 @@ def self_influence(
     Warns:
         ConvergenceWarning: for how many samples the solve did not reach `tol`, and by how much.
 
-    Memory: `memory`, the operator's, and a training step's on one batch, with the inputs and output gradients of all
-        layers; for "identity" that of per_sample_grad_norms.
+    Memory: `memory`, the operator's (for "exact" two matrices [P, P]), and a training step's on one batch, with the
+        inputs and output gradients of all layers; for "identity" that of per_sample_grad_norms.
 
     Source: Koh and Liang 2017 (arXiv 1703.04730), section 5.3; Feldman and Zhang 2020 (arXiv 2008.03703) for what large
         values mean.
@@ -90,6 +95,8 @@ def self_influence(
         tensor([0.5000, 2.0000])
     """
     check_damping(damping)
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
     check_limits("self_influence", 0.0, tol, max_iter)
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory is {memory!r}, expected a positive number of bytes")
@@ -97,7 +104,9 @@ def self_influence(
     chosen, (batches,) = read_data(plain, params, data=data)
     is_identity = isinstance(curvature, str) and curvature == "identity"
     solve = (
-        None if is_identity else _Solve(_operator(curvature, plain, data, train, loss, chosen), damping, tol, max_iter)
+        None
+        if is_identity
+        else _Solve(_operator(curvature, plain, data, train, loss, chosen), solver, damping, tol, max_iter)
     )
     pieces = []
     for label, batch in track(batches, "self-influence", progress):
@@ -146,8 +155,11 @@ def _operator(curvature: Any, model: nn.Module, data: Any, train: Any, loss: Los
 class _Solve:
     """(C + damping I)^-1 times blocks of rows, with a record of how well that went."""
 
-    def __init__(self, operator: Any, damping: float | Literal["auto"], tol: float | None, max_iter: int) -> None:
+    def __init__(
+        self, operator: Any, solver: str, damping: float | Literal["auto"], tol: float | None, max_iter: int
+    ) -> None:
         self._operator, self._damping, self._tol, self._max_iter = operator, damping, tol, max_iter
+        self._solver, self._factor = solver, torch.empty(0)
         self._worst, self._failed, self._reasons = 0.0, 0, set[str]()
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -158,6 +170,8 @@ class _Solve:
             solve: Callable[[Tensor, float], Tensor] = self._operator.solve
             return solve(rows, float(self._damping))
         damping = float(self._damping)
+        if self._solver == "exact":
+            return torch.cholesky_solve(rows.T, self._factored(damping)).T
         solution = cg(self._operator, rows, damping=damping, tol=self._tol, max_iter=self._max_iter)
         for residual, reason in zip(torch.as_tensor(solution.residual).tolist(), solution.reason, strict=True):
             went_wrong = reason not in ("tolerance", "stopped", "max_iter")
@@ -165,6 +179,18 @@ class _Solve:
                 self._failed, self._worst = self._failed + 1, max(self._worst, residual)
                 self._reasons.add(reason)
         return solution.x
+
+    def _factored(self, damping: float) -> Tensor:
+        if not len(self._factor):
+            if not hasattr(self._operator, "dense"):
+                raise ValueError("solver is 'exact', but curvature has no dense(): use 'cg'")
+            matrix = self._operator.dense()
+            matrix.diagonal().add_(damping)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if int(failed):
+                raise ValueError(f"the curvature plus damping {damping:.3g} is not positive definite: use more damping")
+            self._factor = factor
+        return self._factor
 
     def _auto(self, rows: Tensor) -> float:
         if not hasattr(self._operator, "mean_eigenvalue"):

@@ -37,21 +37,39 @@ def test_identity_is_squared_norms(name):
     torch.testing.assert_close(self_influence(model, batch).sqrt(), per_sample_grad_norms(model, batch))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_conjugate_gradients(name):
     model, batch, other = make(name)
     dense = Dense(model)
     expected = brute_force(dense.grads(batch), dense.gauss_newton(batch), 0.05)
-    options = dict(curvature="ggn", damping=0.05, tol=1e-11, max_iter=2000)
+    options = dict(curvature="ggn", damping=0.05, tol=1e-9, max_iter=2000)
     own = self_influence(model, batch, **options)
     torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-9)
     small = 8 * 8 * sum(p.numel() for p in model.parameters()) * 2  # two samples at a time
     again = self_influence(model, loader(batch, 5), memory=small, **options)
-    torch.testing.assert_close(again, own, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(again, own, rtol=1e-7, atol=1e-10)
     assert (own >= 0).all()
     elsewhere = self_influence(model, batch, train=other, **options)
     expected = brute_force(dense.grads(batch), dense.gauss_newton(other), 0.05)
     torch.testing.assert_close(elsewhere, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact(name):
+    model, batch, _ = make(name)
+    dense = Dense(model)
+    expected = brute_force(dense.grads(batch), dense.gauss_newton(batch), 0.05)
+    small = 8 * 8 * sum(p.numel() for p in model.parameters()) * 2
+    for data, memory in ((batch, 1 << 28), (loader(batch, 5), small)):
+        own = self_influence(model, data, train=batch, curvature="ggn", solver="exact", damping=0.05, memory=memory)
+        torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_an_indefinite_matrix_is_not_factored():
+    model, batch, _ = make("mlp")
+    assert torch.linalg.eigvalsh(Dense(model).hessian(batch))[0] < -1e-3
+    with pytest.raises(ValueError, match=r"the curvature plus damping 0\.001 is not positive definite"):
+        self_influence(model, batch, curvature="hessian", solver="exact", damping=1e-3)
 
 
 def test_hessian():
@@ -120,6 +138,7 @@ class TestBadInput:
         [
             ({"curvature": "fisher"}, ValueError, "curvature is 'fisher', expected one of 'ggn'"),
             ({"curvature": 3}, TypeError, "curvature is a int, expected one of 'ggn'"),
+            ({"solver": "magic"}, ValueError, "solver is 'magic', expected one of 'cg', 'exact'"),
             ({"damping": -1}, ValueError, "damping is -1"),
             ({"damping": "much"}, TypeError, "damping is 'much'"),
             ({"tol": 7.0}, ValueError, "tol is 7.0"),

@@ -20,7 +20,7 @@ BELOW = {
     "ops": {"reference", "_derive", "_library"},
     "_model": {"ops"},
     "_objective": {"_model", "_tree"},
-    "solvers": set(),
+    "solvers": {"ops", "_tree", "_warn"},
     "curvature": {"_objective", "_model", "_tree"},
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_warn"},

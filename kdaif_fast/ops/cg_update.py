@@ -12,14 +12,15 @@ from .._library import define
 from ..reference import cg_update as reference
 from . import _check
 
-_cg_update = define(
+# The ops themselves, for loops that have checked their arguments once: the checks below cost as much as a small pass.
+CG_UPDATE = define(
     "cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor steps, float damping, Tensor(c!)? best, "
     "Tensor? keep) -> Tensor",
     fake=lambda x, r, p, Ap, steps, damping, best, keep: x.new_empty(x.shape[0]),
     reference=reference.cg_update,
     triton="cg_update",
 )
-_cg_dots = define(
+CG_DOTS = define(
     "cg_dots(Tensor p, Tensor q) -> Tensor",
     fake=lambda p, q: p.new_empty(2, p.shape[0]),
     reference=reference.cg_dots,
@@ -88,7 +89,7 @@ def cg_update(
             raise ValueError(f"cg_update: {name} has strides {vectors.stride()}, expected contiguous rows")
     if _is_watched(*written, p, Ap, steps):
         return reference.cg_update(x, r, p, Ap, steps, damping, best, keep)
-    squares: Tensor = _cg_update(x, r, p, Ap, steps, float(damping), best, keep)
+    squares: Tensor = CG_UPDATE(x, r, p, Ap, steps, float(damping), best, keep)
     for vectors in written:
         if not vectors.is_inference():
             torch.autograd.graph.increment_version(vectors)  # the op is below autograd, which would not notice
@@ -122,7 +123,7 @@ def cg_dots(p: Tensor, q: Tensor) -> Tensor:
     _check_vectors("cg_dots", "q", q, p)
     if _is_watched(p, q):
         return reference.cg_dots(p, q)
-    dots: Tensor = _cg_dots(p, q)
+    dots: Tensor = CG_DOTS(p, q)
     return dots
 
 

@@ -32,7 +32,7 @@ class Columns:
     rr: Any  # r . r
     rz: Any  # r . M^-1 r
     goal: Any  # below this r . r, the column is done
-    most: Any  # above this r . r, it has diverged
+    most: Any  # above this r . M^-1 r, it has diverged
     best_rr: Any  # the least r . r so far
     first_rr: Any  # what the first direction itself would leave of the residual
     lowest: Any  # of p . A p / p . p, as far as `settled`
@@ -67,7 +67,7 @@ class Columns:
             rr=rr,
             rz=rz,
             goal=goal,
-            most=rr * DIVERGED**2,
+            most=rz * DIVERGED**2,
             best_rr=rr,
             first_rr=none,
             lowest=none + math.inf,
@@ -97,7 +97,7 @@ class Columns:
         self.rz = self.rr if rz is None else self._as_scalar(rz)
         self.better = self.rr < self.best_rr
         self.best_rr = self.xp.fmin(self.rr, self.best_rr)
-        self.running = self.running & (self.rr > self.goal) & (self.rr <= self.most)
+        self.running = self.running & (self.rr > self.goal) & (self.rz <= self.most)
         if rz is not None:
             is_positive = self.rz > 0
             self.indefinite = self.indefinite | (self.running & ~is_positive)

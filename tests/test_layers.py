@@ -25,13 +25,15 @@ BELOW = {
     "solvers": {"_tree", "_warn", "ops"},
     "curvature": {"_data", "_distributed", "_model", "_objective", "_tree"},
     "per_sample": {"ops", "_model", "_tree"},
-    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_warn"},
+    "influence": {
+        *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
+    },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"demo", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model"},
 }
-OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy"}
+OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors"}
 
 
 def room(path):

@@ -77,6 +77,11 @@ class ConvolutionTerm(Term):
     def _one_image(self) -> bool:
         return len(self.inputs) == self.samples and not isinstance(self.layout, Scattered)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether G_i[o] = sum_t b_it[o] patch_it: one image a sample, one group, not transposed."""
+        return self._one_image and self.convolution.groups == 1 and not self.convolution.transposed
+
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""
         if self._one_image and out is not None:

@@ -3,6 +3,7 @@
 from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
+from .curvature import hvp
 from .influence import influence_scores, influence_weights, sigmoid_weights
 from .per_sample import (
     pairwise_grad_dots,
@@ -20,6 +21,7 @@ __all__ = [
     "backend",
     "backends",
     "curvature",
+    "hvp",
     "influence_scores",
     "influence_weights",
     "ops",

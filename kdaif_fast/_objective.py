@@ -21,7 +21,7 @@ from ._model import (
     twice_differentiable,
     unpack_batch,
 )
-from ._tree import flatten, unflatten, wide_dtype
+from ._tree import stack, unstack, wide_dtype
 
 # By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
 # far below what a missing derivative does.
@@ -76,6 +76,12 @@ class Objective:
         return self.losses.shape[0]
 
     @property
+    def vector_bytes(self) -> int:
+        """About what a product needs for each vector: two of them, and a few tensors like the outputs."""
+        size = sum(tensor.numel() * wide_dtype(tensor.dtype).itemsize for tensor in self._tensors)
+        return 2 * size + 4 * self.outputs.numel() * self.outputs.element_size()
+
+    @property
     def output_grads(self) -> Tensor:
         """Gradient of each sample's loss with respect to its own outputs, shaped like the outputs."""
         return self._output_grads.detach()
@@ -89,18 +95,18 @@ class Objective:
             raise ValueError(f"{self._name}: sample {index} has the loss {value}, or a gradient that is not finite")
 
     def gradient(self) -> Tensor:
-        """Gradient of the mean loss: [P]."""
-        return self.pull(self.output_grads / self.samples)
+        """Gradient of the summed loss: [P]."""
+        return self.pull(self.output_grads[None])[0]
 
-    def pull(self, cotangent: Tensor) -> Tensor:
-        """J^T u: a direction in outputs, [N, ...], taken back to the parameters, [P]."""
-        pieces = torch.autograd.grad(self.outputs, self._tensors, cotangent, retain_graph=True, allow_unused=True)
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """J^T U: K directions in the outputs, [K, N, ...], taken back to the parameters, [K, P]."""
+        pieces = backward(self.outputs, self._tensors, cotangents)
         if all(piece is None for piece in pieces):
             raise ValueError(self._independent())
-        return flatten([torch.zeros_like(p) if g is None else g for g, p in zip(pieces, self._tensors, strict=True)])
+        return self._stack(pieces, len(cotangents))
 
-    def push(self, direction: Tensor) -> Tensor:
-        """J v: how the outputs change along a direction in the parameters, [P] -> [N, ...].
+    def push(self, directions: Tensor) -> Tensor:
+        """J V: how the outputs change along K directions in the parameters, [K, P] -> [K, N, ...].
 
         The map u -> J^T u is linear, so its own transpose, one more backward pass through the graph kept, is J v.
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
@@ -109,9 +115,18 @@ class Objective:
         dummy, (pulled, used) = self._transposed
         if not used:
             raise ValueError(self._independent())
-        pieces = unflatten(direction, self._tensors)
-        (tangent,) = torch.autograd.grad(pulled, dummy, [pieces[i] for i in used], retain_graph=True)
-        return tangent
+        pieces = unstack(directions, self._tensors)
+        (tangents,) = backward(pulled, [dummy], [pieces[i] for i in used])
+        assert tangents is not None
+        return tangents
+
+    def _stack(self, pieces: Sequence[Tensor | None], count: int) -> Tensor:
+        return stack(
+            [
+                p.new_zeros(()).expand(count, *p.shape) if g is None else g
+                for g, p in zip(pieces, self._tensors, strict=True)
+            ]
+        )
 
     def _require_linear_loss(self) -> None:
         """Raise RuntimeError if the loss's gradient has no derivative although it changes with the outputs.
@@ -140,13 +155,13 @@ class Objective:
         count = sum(tensor.numel() for tensor in self._tensors)
         signs = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
         direction = signs.to(device=first.device, dtype=wide_dtype(first.dtype))
-        tangent = self.push(direction)
+        tangent = self.push(direction[None])[0]
         size = tangent.abs().max()
         # Outputs that do not depend on these parameters in truth have tangents of nothing but rounding.
         if size > 1e3 * torch.finfo(tangent.dtype).eps * self.outputs.detach().abs().max():
             unit = tangent / size
             expected = (unit * tangent).sum()
-            if (self.pull(unit) @ direction - expected).abs() > ADJOINT_TOLERANCE * expected:
+            if (self.pull(unit[None])[0] @ direction - expected).abs() > ADJOINT_TOLERANCE * expected:
                 raise RuntimeError(
                     f"the model's derivatives on {self._name} contradict each other: a layer's backward pass is not "
                     "differentiable itself. Look for custom autograd.Functions (once_differentiable, torch.no_grad)"
@@ -160,36 +175,52 @@ class Objective:
             pulled = torch.autograd.grad(self.outputs, self._tensors, dummy, create_graph=True, allow_unused=True)
         return dummy, _differentiable(pulled)
 
-    def loss_hessian(self, tangent: Tensor) -> Tensor:
-        """Every sample's Hessian of the loss in the outputs, times its tangent: [N, ...] -> [N, ...]."""
+    def loss_hessian(self, tangents: Tensor) -> Tensor:
+        """Every sample's Hessian of the loss in the outputs, times its K tangents: [K, N, ...] -> [K, N, ...]."""
         if not self._output_grads.requires_grad:  # a loss that is linear in the outputs
-            return torch.zeros_like(tangent)
-        (product,) = torch.autograd.grad(
-            self._output_grads, self._cut, tangent, retain_graph=True, materialize_grads=True
-        )
-        return product
+            return torch.zeros_like(tangents)
+        (products,) = backward(self._output_grads, [self._cut], tangents)
+        return torch.zeros_like(tangents) if products is None else products
 
-    def full_hessian(self, direction: Tensor) -> Tensor:
-        """Hessian of the mean loss in the parameters, times a direction: [P] -> [P]."""
+    def full_hessian(self, directions: Tensor) -> Tensor:
+        """Hessian of the summed loss in the parameters, times K directions: [K, P] -> [K, P]."""
         grads, used = self._parameter_grads
-        pieces = unflatten(direction, self._tensors)
+        pieces = unstack(directions, self._tensors)
         if not used:  # the gradient is constant
-            return torch.zeros_like(direction)
-        product = torch.autograd.grad(
-            grads, self._tensors, [pieces[i] for i in used], retain_graph=True, materialize_grads=True
-        )
-        return flatten(product)
+            return torch.zeros_like(directions)
+        return self._stack(backward(grads, self._tensors, [pieces[i] for i in used]), len(directions))
 
     @cached_property
     def _parameter_grads(self) -> tuple[list[Tensor], list[int]]:
         with torch.inference_mode(False), torch.enable_grad():
-            mean_loss = sample_losses(self._loss, self.outputs, self._batch, self._name).mean()
-            return _differentiable(torch.autograd.grad(mean_loss, self._tensors, create_graph=True, allow_unused=True))
+            losses = sample_losses(self._loss, self.outputs, self._batch, self._name).sum()
+            return _differentiable(torch.autograd.grad(losses, self._tensors, create_graph=True, allow_unused=True))
 
-    def dots(self, direction: Tensor) -> Tensor:
-        """<grad l_i, v> for every sample, [P] -> [N]: the losses' change along the direction."""
-        products = self.output_grads * self.push(direction)
-        return products.reshape(self.samples, -1).sum(1, dtype=wide_dtype(products.dtype))
+    def dots(self, directions: Tensor) -> Tensor:
+        """<grad l_i, v> for every sample and direction, [K, P] -> [N, K]: the losses' change along the directions."""
+        return self.output_dots(self.output_grads, self.push(directions))
+
+    def output_dots(self, grads: Tensor, tangents: Tensor) -> Tensor:
+        """<u_i, t_ki> of every sample, over all that it has of outputs: [N, ...], [K, N, ...] -> [N, K]."""
+        dtype = wide_dtype(tangents.dtype)
+        left = grads.reshape(self.samples, -1).to(dtype)
+        return torch.einsum("no,kno->nk", left, tangents.reshape(len(tangents), self.samples, -1).to(dtype))
+
+
+def backward(
+    outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Tensor | Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """K backward passes through a graph that is kept: cotangents with a leading K, gradients with a leading K."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    cotangents = [cotangents] if isinstance(cotangents, Tensor) else cotangents
+    K = len(cotangents[0])
+    rows = [
+        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
+        for k in range(K)
+    ]
+    if K == 1:
+        return [None if g is None else g[None] for g in rows[0]]
+    return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
 
 
 def _differentiable(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:

@@ -24,38 +24,50 @@ def as_real(rows: Tensor) -> Tensor:
     return torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in one vector [P], in float32 at least."""
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements of tensors with a leading K in one matrix [K, P], in float32 at least."""
     dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
-    return torch.cat([tensor.reshape(-1).to(wide_dtype(tensor.dtype)) for tensor in dense])
+    return torch.cat([tensor.reshape(len(tensor), -1).to(wide_dtype(tensor.dtype)) for tensor in dense], 1)
 
 
-def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a vector [P], shaped and typed like the given tensors (views where the dtype is the same)."""
-    pieces = vector.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)]
+def unstack(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of vectors [K, P], shaped and typed like the given tensors with a leading K (views where possible)."""
+    pieces = vectors.split([tensor.numel() for tensor in like], 1)
+    return [
+        piece.reshape(len(vectors), *tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)
+    ]
 
 
-def as_vector(direction: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor], name: str) -> Tensor:
-    """A direction, given flat [P] or as a dictionary shaped like the parameters, as a flat vector.
+def as_vectors(
+    directions: Tensor | Mapping[str, Tensor], parameters: Mapping[str, Tensor], name: str, *, stacked: bool
+) -> Tensor:
+    """Directions, flat or as a dictionary shaped like the parameters, as vectors [K, P].
 
-    Raises ValueError if it does not fit the parameters; `name` is what the caller calls the direction.
+    stacked: whether they have a leading K; if not there is one direction, and K = 1.
+
+    Raises ValueError if they do not fit the parameters; `name` is what the caller calls the directions.
     """
     count = sum(parameter.numel() for parameter in parameters.values())
-    if isinstance(direction, Tensor):
-        if direction.shape != (count,):
-            raise ValueError(f"{name} has shape {tuple(direction.shape)}, expected ({count},), one per parameter")
-        return direction
-    if set(direction) != set(parameters):
-        different = sorted(set(direction) ^ set(parameters))
+    if isinstance(directions, Tensor):
+        if directions.dim() != 1 + stacked or directions.shape[-1] != count:
+            expected = f"(K, {count})" if stacked else f"({count},)"
+            raise ValueError(f"{name} has shape {tuple(directions.shape)}, expected {expected}, one per parameter")
+        return directions if stacked else directions[None]
+    if not isinstance(directions, Mapping):
+        kind = type(directions).__name__
+        raise TypeError(f"{name} is a {kind}, expected a tensor or a dictionary of tensors")
+    if set(directions) != set(parameters):
+        different = sorted(map(str, set(directions) ^ set(parameters)))
         raise ValueError(f"{name} and the parameters differ in their names: {', '.join(different[:5])}")
+    entries = {key: directions[key] if stacked else directions[key][None] for key in parameters}
+    K = len(next(iter(entries.values()))) if stacked else 1
     for key, parameter in parameters.items():
-        if direction[key].shape != parameter.shape:
-            shapes = f"{tuple(direction[key].shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{name}[{key!r}] has shape {shapes} as the parameter")
-    return flatten([direction[key] for key in parameters])
+        if entries[key].shape != (K, *parameter.shape):
+            expected = str((K, *parameter.shape) if stacked else tuple(parameter.shape))
+            raise ValueError(f"{name}[{key!r}] has shape {tuple(directions[key].shape)}, expected {expected}")
+    return stack(list(entries.values()))
 
 
-def as_dict(vector: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A flat vector [P] as a dictionary shaped like the parameters."""
-    return dict(zip(parameters, unflatten(vector, list(parameters.values())), strict=True))
+def as_dict(vectors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors [K, P] as a dictionary shaped like the parameters, each entry with a leading K."""
+    return dict(zip(parameters, unstack(vectors, list(parameters.values())), strict=True))

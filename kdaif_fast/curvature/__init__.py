@@ -1,8 +1,23 @@
-"""Curvature of the mean loss, as operators that multiply vectors: nothing P by P is ever formed."""
+"""Curvature of the mean loss, as operators that multiply vectors: nothing P by P is formed unless asked for."""
 
+from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
+from .hvp import CURVATURES, hvp, make_curvature
 from .identity import Identity
+from .monte_carlo_fisher import MonteCarloFisher
 from .operator import CurvatureOperator
+from .streamed import StreamedCurvature
 
-__all__ = ["CurvatureOperator", "GaussNewton", "Hessian", "Identity"]
+__all__ = [
+    "CURVATURES",
+    "CurvatureOperator",
+    "EmpiricalFisher",
+    "GaussNewton",
+    "Hessian",
+    "Identity",
+    "MonteCarloFisher",
+    "StreamedCurvature",
+    "hvp",
+    "make_curvature",
+]

@@ -2,14 +2,17 @@
 
 from torch import Tensor
 
-from .operator import CurvatureOperator
+from .._objective import Objective
+from .streamed import StreamedCurvature
 
 
-class GaussNewton(CurvatureOperator):
+class GaussNewton(StreamedCurvature):
     """(1/N) sum_i J_i^T H_i J_i: J_i the outputs' Jacobian, H_i the loss's Hessian in the outputs of sample i.
 
     Positive semi-definite for convex losses, hence safe for conjugate gradients; equal to the Hessian for models that
     are linear in their parameters. Source: Schraudolph 2002, "Fast curvature matrix-vector products", section 3.
+
+    Arguments and memory: those of `StreamedCurvature`.
 
     Example:
         >>> import torch
@@ -17,8 +20,9 @@ class GaussNewton(CurvatureOperator):
         >>> batch = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
         >>> GaussNewton(model, batch).matvec(torch.ones(9)).shape
         torch.Size([9])
+        >>> GaussNewton(model, torch.utils.data.DataLoader(list(zip(*batch)), 2)).matmat(torch.ones(4, 9)).shape
+        torch.Size([4, 9])
     """
 
-    def _product(self, vector: Tensor) -> Tensor:
-        at_outputs = self.objective.loss_hessian(self.objective.push(vector))
-        return self.objective.pull(at_outputs / self.objective.samples)
+    def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        return objective.pull(objective.loss_hessian(objective.push(vectors)))

@@ -2,13 +2,16 @@
 
 from torch import Tensor
 
-from .operator import CurvatureOperator
+from .._objective import Objective
+from .streamed import StreamedCurvature
 
 
-class Hessian(CurvatureOperator):
+class Hessian(StreamedCurvature):
     """Second derivative of the mean loss in the parameters; indefinite away from a minimum of non-convex models.
 
     One differentiable gradient is kept, so that a product is one backward pass (Pearlmutter 1994).
+
+    Arguments and memory: those of `StreamedCurvature`.
 
     Example:
         >>> import torch
@@ -19,5 +22,5 @@ class Hessian(CurvatureOperator):
         ['bias', 'weight']
     """
 
-    def _product(self, vector: Tensor) -> Tensor:
-        return self.objective.full_hessian(vector)
+    def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        return objective.full_hessian(vectors)

@@ -8,13 +8,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .._data import Batches
 from .._model import Loss, Params
 from .._objective import Objective
 from .._warn import warn_user
-from ..curvature import CurvatureOperator, GaussNewton, Hessian, Identity
+from ..curvature import CurvatureOperator, GaussNewton, Identity, StreamedCurvature, make_curvature
 from ..solvers import ConvergenceWarning, Solution, cg, check_limits
 
-CURVATURES: dict[str, type[CurvatureOperator]] = {"ggn": GaussNewton, "hessian": Hessian, "identity": Identity}
 SOLVERS = {"cg": cg}
 
 AUTO_DAMPING = 0.1
@@ -125,19 +125,21 @@ def influence_scores(
         >>> phi.shape, bool((phi > 0).any())
         (torch.Size([20]), True)
     """
-    if not isinstance(curvature, str) or curvature not in CURVATURES:
-        raise ValueError(f"curvature is {curvature!r}, expected one of {', '.join(map(repr, CURVATURES))}")
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
     check_limits("influence", 0.0 if damping == "auto" else damping, tol, max_iter)
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
-        train = _finite_objective(model, batch, loss, params, "batch")
-        train.require_second_derivatives()
-        validation_grad = _finite_objective(model, val, loss, params, "val").gradient()
-        solution = _solve(CURVATURES[curvature](None, train), validation_grad, solver, damping, tol, max_iter)
-        phi = -train.dots(solution.x)
+        data = Batches(batch, "batch")
+        operator = make_curvature(curvature, model, data, loss=loss, params=params)
+        if isinstance(operator, StreamedCurvature):
+            (train,) = operator.objectives()
+        else:
+            train = _finite_objective(model, batch, loss, params, "batch")
+        validation = _finite_objective(model, val, loss, params, "val")
+        solution = _solve(operator, validation.gradient() / validation.samples, solver, damping, tol, max_iter)
+        phi = -train.dots(solution.x[None])[:, 0]
     return (phi, solution) if return_solution else phi
 
 

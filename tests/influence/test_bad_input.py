@@ -27,7 +27,7 @@ class TestBadInput:
             ({"batch": torch.ones(3)}, TypeError, "batch is a Tensor"),
             ({"batch": (torch.ones(3),)}, ValueError, "batch has 1 parts"),
             ({"batch": [1, 2, 3, 4]}, ValueError, "batch has 4 parts"),
-            ({"batch": iter([])}, TypeError, "of a DataLoader give one batch"),
+            ({"batch": iter([])}, TypeError, "a list_iterator, which can be gone through only once"),
             (
                 {"val": (torch.ones(M, 4).numpy(), torch.ones(M).long())},
                 TypeError,

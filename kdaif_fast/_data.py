@@ -1,0 +1,94 @@
+"""Samples in batches: one batch, or a loader that is gone through again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ._model import Batch, unpack_batch
+
+
+class Batches:
+    """The batches of a data set, with a name for each that errors can use.
+
+    Args:
+        data: one batch, (inputs, targets[, teacher_logits]) or a mapping with those keys; or something that can be
+            iterated again and again and gives such batches, each time the same samples: a DataLoader, a list of
+            batches.
+        name: what the caller calls the data.
+        device: where a loader's tensors are moved to; None leaves them where they are. One batch is never moved.
+
+    Raises:
+        TypeError: an iterator, which can be gone through only once.
+        ValueError (while iterating): no batch at all; a pass with other numbers of batches or samples than the first.
+    """
+
+    def __init__(self, data: Any, name: str, device: torch.device | None = None) -> None:
+        self.name, self.device = name, device
+        self.is_one = _is_batch(data)
+        if not self.is_one and not isinstance(data, Iterable):
+            unpack_batch(data, name)  # which says what a batch is
+        if isinstance(data, Iterator):
+            raise TypeError(
+                f"{name} is a {type(data).__name__}, which can be gone through only once, expected a batch, a "
+                "DataLoader or a list of batches"
+            )
+        self._data = data
+        self._first: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Batch]]:
+        """(label, batch) of each batch, in order."""
+        if self.is_one:
+            yield self.name, unpack_batch(self._data, self.name)
+            return
+        batches = samples = 0
+        for batch in self._data:
+            label = f"batch {batches} of {self.name}"
+            unpacked = unpack_batch(batch, label)
+            batches, samples = batches + 1, samples + size_of(unpacked)
+            yield label, self._moved(unpacked)
+        if not batches:
+            raise ValueError(f"{self.name} is empty: it gave no batch")
+        if self._first is None:
+            self._first = batches, samples
+        elif self._first != (batches, samples):
+            raise ValueError(
+                f"{self.name} gave {batches} batches with {samples} samples, but {self._first[0]} with "
+                f"{self._first[1]} when it was first gone through; every pass has to give the same samples"
+            )
+
+    def _moved(self, batch: Batch) -> Batch:
+        if self.device is None:
+            return batch
+        device = self.device
+        return Batch(*tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, tuple(batch)))
+
+    @property
+    def count(self) -> int | None:
+        """How many batches there are, if the loader says so."""
+        if self.is_one:
+            return 1
+        try:
+            return len(self._data)
+        except TypeError:  # an iterable data set has no length
+            return None
+
+
+def size_of(batch: Batch) -> int:
+    """The number of samples of a batch, as its tensors tell: those of the targets, else of the inputs."""
+    for part in (batch.targets, batch.inputs):
+        for leaf in tree_leaves(part):
+            if isinstance(leaf, Tensor) and leaf.dim():
+                return len(leaf)
+    return 0
+
+
+def _is_batch(data: Any) -> bool:
+    """Whether this is one batch: a list whose items all look like batches themselves is several."""
+    if isinstance(data, list):
+        return not all(isinstance(item, (tuple, list, Mapping)) for item in data)
+    return isinstance(data, (tuple, Mapping))

@@ -1,0 +1,31 @@
+"""Sums over the processes of a group, where there is one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+Group: TypeAlias = "dist.ProcessGroup | Literal['world'] | None"
+"""A process group, "world" for the default one, or None for this process alone."""
+
+
+def add_over_ranks(tensor: Tensor, group: Group) -> Tensor:
+    """The sum of what every rank of the group has, in place and returned; the tensor itself without a group."""
+    if group is not None:
+        dist.all_reduce(tensor, group=_process_group(group))
+    return tensor
+
+
+def _process_group(group: Any) -> Any:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"group is {group!r}, but torch.distributed is not initialised: call "
+            "torch.distributed.init_process_group() first, and start the processes with torchrun"
+        )
+    if isinstance(group, str):
+        if group != "world":
+            raise ValueError(f"group is {group!r}, expected a process group, 'world' or None")
+        return None
+    return group

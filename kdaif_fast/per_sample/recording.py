@@ -265,9 +265,7 @@ class Recording:
             caught: tuple[Tensor | None, ...] = ()
             if edges:
                 with without_autocast(self.losses.device):
-                    caught = torch.autograd.grad(
-                        self._root, edges, cotangent, retain_graph=retain, allow_unused=True
-                    )
+                    caught = torch.autograd.grad(self._root, edges, cotangent, retain_graph=retain, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .layers import Layer, Shape
 
 # Eigenvectors of matrices up to this size are computed in float64, which costs little then.
-SMALL = 1024
+SMALL = 256
 
 
 class Workspace:

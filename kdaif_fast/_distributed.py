@@ -18,6 +18,21 @@ def add_over_ranks(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def gather_over_ranks(value: Any, group: Group) -> list[Any]:
+    """What every rank of the group has, any object that can be pickled; [value] without a group."""
+    if group is None:
+        return [value]
+    process_group = _process_group(group)
+    found: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, value, group=process_group)
+    return found
+
+
+def rank_in(group: Group) -> int:
+    """The number of this process in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(_process_group(group))
+
+
 def _process_group(group: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(

@@ -23,7 +23,7 @@ BELOW = {
     "_distributed": set(),
     "_objective": {"_model", "_tree"},
     "solvers": {"_tree", "_warn", "ops"},
-    "curvature": {"_data", "_distributed", "_model", "_objective", "_tree"},
+    "curvature": {"_data", "_distributed", "_model", "_objective", "_tree", "per_sample"},
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),

@@ -21,8 +21,9 @@ SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMak
 demo: $(VENV)/.installed-demo
 	$(BIN)/kdaif-fast demo --out runs/demo
 
+# One process a core, each with its own share of the tests; threads that wait for work leave the core to others.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

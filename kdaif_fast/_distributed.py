@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,6 +34,26 @@ def gather_over_ranks(value: Any, group: Group) -> list[Any]:
 def rank_in(group: Group) -> int:
     """The number of this process in the group; 0 without one."""
     return 0 if group is None else dist.get_rank(_process_group(group))
+
+
+@contextlib.contextmanager
+def together(group: Group, device: torch.device) -> Iterator[None]:
+    """Within it every rank does work of its own, without talking; what raises on one of them raises on all.
+
+    Else the others would wait for its part of the next sum until the group's timeout, half an hour by default. A rank
+    that is killed cannot say so: torchrun stops the others then, and without torchrun the timeout does.
+
+    Costs a sum of one number, and a wait for it.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if group is not None:
+            failures = add_over_ranks(torch.tensor(float(failed), device=device), group)
+            if failures and not failed:
+                raise RuntimeError(f"{int(failures)} other rank(s) of the group failed, and say there for what reason")
 
 
 def _process_group(group: Any) -> Any:

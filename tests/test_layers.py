@@ -21,9 +21,10 @@ BELOW = {
     "_model": {"ops"},
     "_data": {"_model"},
     "_distributed": set(),
-    "_objective": {"_model", "_tree"},
+    "_objective": {"_model", "_tree", "batched"},
     "solvers": {"_tree", "_warn", "ops"},
-    "curvature": {"_data", "_distributed", "_model", "_objective", "_tree", "per_sample"},
+    "curvature": {"_data", "_distributed", "_model", "_objective", "_tree", "batched", "per_sample"},
+    "batched": set(),
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),

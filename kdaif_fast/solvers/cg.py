@@ -26,6 +26,8 @@ def cg(
     damping: float = 0.0,
     tol: float | None = 1e-3,
     max_iter: int = 200,
+    stop: Callable[[Tensor], bool] | None = None,
+    stop_every: int = 5,
 ) -> Solution:
     """Solve (C + damping I) x = b for a symmetric positive definite C + damping I.
 
@@ -95,6 +97,9 @@ def cg(
         stopped |= diverged
         p.mul_(torch.where(active, rr / previous.clamp(min=tiny), 0)).add_(r)
         iterations += 1
+        if stop is not None and iterations % stop_every == 0 and stop(x[None]):
+            reason = "stopped"
+            break
         if tol is not None and (iterations % looks_every == 0 or iterations == max_iter):
             if bool(stopped):
                 break
@@ -107,7 +112,7 @@ def cg(
     if bool(stopped) or float(rr) > float(bb):
         x, rr = best, best_rr
     residual = math.sqrt(float(rr) / float(bb)) if float(bb) else 0.0
-    return Solution(x * unit, residual, iterations, reason == "tolerance", damping, reason)
+    return Solution(x * unit, residual, iterations, reason in ("tolerance", "stopped"), damping, reason)
 
 
 def check_limits(name: str, damping: float, tol: float | None, max_iter: int) -> None:

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 from .._warn import warn_user
 from ..curvature import GaussNewton, Identity
-from ..solvers import ConvergenceWarning, Solution, cg
+from ..solvers import ConvergenceError, ConvergenceWarning, Solution, cg
 
 SOLVERS = {"cg": cg}
 
 
-class ConvergenceError(RuntimeError): ...
 
 
 def auto_damping(operator, b):
@@ -25,25 +24,9 @@ def auto_damping(operator, b):
 
 
 def solve(operator, b, method="cg", *, damping, tol, max_iter, strict=False, **options):
-    if b.dim() == 1:
-        s = SOLVERS[method](
-            lambda v: operator.matmat(v[None])[0], b, damping=damping, tol=tol, max_iter=max_iter, **options
-        )
-        _warn(s, tol, strict)
-        return s
-    parts = [
-        solve(operator, r, method, damping=damping, tol=tol, max_iter=max_iter, strict=strict, **options) for r in b
-    ]
-    return Solution(
-        torch.stack([p.x for p in parts]),
-        torch.tensor([p.residual for p in parts], dtype=torch.float64),
-        max(p.iterations for p in parts),
-        all(p.converged for p in parts),
-        damping,
-        tuple(p.reason for p in parts),
-    )
-
-
+    s = SOLVERS[method](operator, b, damping=damping, tol=tol, max_iter=max_iter, **options)
+    _warn(s if b.dim() == 1 else s._replace(residual=float(s.residual.max()), reason=next((r for r in s.reason if r not in ("tolerance", "stopped")), "tolerance")), tol, strict)
+    return s
 def _warn(solution, tol, strict):
     reached = f"after {solution.iterations} products at relative residual {solution.residual:.2g}"
     damping = f"the curvature plus damping {solution.damping:.3g}"

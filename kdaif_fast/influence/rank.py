@@ -65,7 +65,7 @@ class RankSettled:
 
 def ranks_of(scores: Tensor) -> Tensor:
     """The rank of every sample, [N, K] -> [N, K], from 0; ties in the order they have."""
-    return scores.argsort(0, stable=True).argsort(0).double()
+    return scores.argsort(dim=0, stable=True).argsort(0).double()
 
 
 def spearman(ranks: Tensor, others: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 NAME = "phi"
 """The tensor's name in a .safetensors file."""
 
-_DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _AT_ONCE = 1 << 22  # elements that are filled together
 _ALIGNMENT = 64  # of a .safetensors file's data: the format asks for 8, vector loads like more
 
@@ -55,7 +55,8 @@ class ArrayFile:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[NAME]
-        return cls(path, np.memmap(path, _DTYPES[entry["dtype"]], mode, 8 + length, tuple(entry["shape"])))
+        kind: np.dtype[Any] = _DTYPES[entry["dtype"]]
+        return cls(path, np.memmap(path, kind, mode, 8 + length, tuple(entry["shape"])))
 
     def flush(self) -> None:
         """Everything written so far is on the disk afterwards."""

@@ -9,8 +9,6 @@ from ..solvers import ConvergenceError, ConvergenceWarning, Solution, cg
 SOLVERS = {"cg": cg}
 
 
-
-
 def auto_damping(operator, b):
     if isinstance(operator, Identity):
         return 0.0
@@ -25,8 +23,19 @@ def auto_damping(operator, b):
 
 def solve(operator, b, method="cg", *, damping, tol, max_iter, strict=False, **options):
     s = SOLVERS[method](operator, b, damping=damping, tol=tol, max_iter=max_iter, **options)
-    _warn(s if b.dim() == 1 else s._replace(residual=float(s.residual.max()), reason=next((r for r in s.reason if r not in ("tolerance", "stopped")), "tolerance")), tol, strict)
+    _warn(
+        s
+        if b.dim() == 1
+        else s._replace(
+            residual=float(s.residual.max()),
+            reason=next((r for r in s.reason if r not in ("tolerance", "stopped")), "tolerance"),
+        ),
+        tol,
+        strict,
+    )
     return s
+
+
 def _warn(solution, tol, strict):
     reached = f"after {solution.iterations} products at relative residual {solution.residual:.2g}"
     damping = f"the curvature plus damping {solution.damping:.3g}"

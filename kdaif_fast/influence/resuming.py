@@ -14,8 +14,9 @@ from .._distributed import Group, agree, gather_objects, rank_in
 from .._model import plain_model
 from ..curvature import CurvatureOperator
 from ..solvers import Solution
-from .fingerprint import describe, of_data, of_model
+from .fingerprint import describe, differences, of_data, of_model
 from .interim import ConvergenceError
+from .loaders import samples_in
 from .result_file import ResultFile
 
 
@@ -43,13 +44,13 @@ def open_result(
     everything["parameters that influence is over"] = list(operator.parameters)
     everything["values of the model"] = of_model(plain_model(model))
     everything["ranks"] = [rank_in(group), len(gather_objects(None, group))]
-    for batches in dict.fromkeys(data):
+    for batches in data:
         everything[batches.name] = of_data(batches)
     return ResultFile(path, everything, resume)
 
 
-def save_solution(file: ResultFile, solution: Solution, labels: list[int]) -> None:
-    """Keep a solve that is finished; labels: what the queries are of."""
+def save_solution(file: ResultFile, solution: Solution, labels: list[int], data: tuple[Batches, ...]) -> None:
+    """Keep a solve that is finished; labels: what the queries are of; data: what it was made of."""
     residual = solution.residual
     report = {
         "damping": float(solution.damping),
@@ -58,12 +59,19 @@ def save_solution(file: ResultFile, solution: Solution, labels: list[int]) -> No
         "converged": bool(solution.converged),
         "reason": solution.reason if isinstance(solution.reason, str) else list(solution.reason),
     }
-    file.save_solution(solution.x, {**report, "queries": labels})
+    file.save_solution(solution.x, {**report, "queries": labels, "samples": _sizes(data)})
 
 
-def load_solution(file: ResultFile, operator: CurvatureOperator, group: Group, *, strict: bool) -> Solution | None:
+def _sizes(data: tuple[Batches, ...]) -> dict[str, int]:
+    return {batches.name: samples_in(batches) for batches in data}
+
+
+def load_solution(
+    file: ResultFile, operator: CurvatureOperator, data: tuple[Batches, ...], group: Group, *, strict: bool
+) -> Solution | None:
     """The solution of a run before, if there is one on every rank; else nothing of what was done counts.
 
+    Raises ValueError: the data have another number of samples now.
     Raises ConvergenceError: with strict, if that run has made do with one that had not converged.
     """
     saved = file.solution()
@@ -73,6 +81,9 @@ def load_solution(file: ResultFile, operator: CurvatureOperator, group: Group, *
         return None
     assert saved is not None
     x, report = saved
+    found = differences(report["samples"], _sizes(data), "the number of samples of ")
+    if found:
+        raise ValueError(f"{file.path} was begun with other data: {'; '.join(found)}. resume=False starts over")
     residual, reason = report["residual"], report["reason"]
     if strict and not report["converged"]:
         raise ConvergenceError(

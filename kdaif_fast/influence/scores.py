@@ -191,10 +191,10 @@ def influence_scores(
     """
     check_settings(solver, damping, tol, max_iter)
     check_queries(queries)
-    for data, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
-        require_every_sample(data, name)
+    for given, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
+        require_every_sample(given, name)
         if name != "val" or queries == "per_sample":
-            require_order(data, name)
+            require_order(given, name)
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
@@ -202,6 +202,7 @@ def influence_scores(
         device = chosen[0].device
         train, validation = Batches(batch, "batch", device), Batches(val, "val", device)
         curved = train if curvature_data is None else Batches(curvature_data, "curvature_data", device)
+        data = tuple(dict.fromkeys((train, validation, curved)))
         bars = False if progress is None and train.is_one else progress
         operator = make_curvature(
             curvature, model, curved, loss=loss, params=chosen, keep_graphs=keep_graphs, memory=memory, group=group
@@ -216,8 +217,8 @@ def influence_scores(
         settings |= {"queries": queries, "loss": loss, "solver_options": solver_options}
         file = None
         if out is not None:
-            file = open_result(out, resume, settings, model, operator, (train, validation, curved), group)
-        solution = None if file is None else load_solution(file, operator, group, strict=strict)
+            file = open_result(out, resume, settings, model, operator, data, group)
+        solution = None if file is None else load_solution(file, operator, data, group, strict=strict)
         if solution is None:
             b, labels = validation_gradients(
                 model, validation, queries, loss=loss, params=chosen, group=group, progress=bars
@@ -238,7 +239,7 @@ def influence_scores(
                 progress=bars,
             )
             if file is not None:
-                save_solution(file, solution, labels)
+                save_solution(file, solution, labels, data)
         directions = solution.x if solution.x.dim() == 2 else solution.x[None]
         pieces = _scores(model, operator, train, curved, directions, loss, chosen, file, bars)
         phi = _collect(pieces, train, None if queries == "mean" else len(directions), directions.dtype, file)

@@ -153,7 +153,7 @@ def test_progress_bars_only_when_asked_for(capsys):
     assert capsys.readouterr().err == ""
     influence_scores(model, pieces(batch, 5), val, damping=0.1, progress=True)
     bars = capsys.readouterr().err
-    assert all(what in bars for what in ("gradients of val", "solve", "scores of batch", "3/3")) or "3/3" in bars
+    assert all(what in bars for what in ("solve", "scores of batch", "3/3"))
 
 
 class TestStrict:

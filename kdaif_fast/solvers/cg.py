@@ -11,16 +11,9 @@ from torch import Tensor
 
 from ..ops.cg_update import CG_DOTS, CG_UPDATE
 from .cg_columns import DIVERGED, Columns
+from .looks import FEW_LEFT, looks_every
 from .solution import Solution
 from .system import System, check_count, relative
-
-# A GPU is asked for the residuals only now and then, since each look waits for it.
-LOOKS_EVERY = {"cpu": 1}
-LOOKS_EVERY_ELSEWHERE = 10
-
-# With this share of the right-hand sides left, the others no longer take part in products: leaving them out costs a
-# copy of what is left, about what one iteration does to its vectors.
-FEW_LEFT = 0.75
 
 WENT_WRONG = ("negative curvature", "singular", "diverged", "indefinite preconditioner")
 
@@ -78,7 +71,7 @@ def cg(
     check_count("cg", "stop_every", stop_every)
     precondition = _preconditioner(preconditioner, system.damping)
     columns = Columns.start(system.rows, precondition, tol)
-    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
+    look = looks_every(b.device)
     done: list[Columns] = []
     iterations, is_stopped = 0, False
     products = max_iter if tol is None or bool(system.squares.any()) else 0
@@ -88,7 +81,7 @@ def cg(
         if stop is not None and iterations % stop_every == 0 and stop(columns.joined(done).x * system.units):
             is_stopped = True
             break
-        if tol is None or iterations % looks_every:
+        if tol is None or iterations % look:
             continue
         running = columns.running_count()
         if running == 0:

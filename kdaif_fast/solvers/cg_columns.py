@@ -35,19 +35,20 @@ class Columns:
     most: Any  # above this r . r, it has diverged
     best_rr: Any  # the least r . r so far
     first_rr: Any  # what the first direction itself would leave of the residual
-    lowest: Any  # of p . A p / p . p so far
+    lowest: Any  # of p . A p / p . p, as far as `settled`
     highest: Any
     last: Any  # that of the last direction
     iterations: Any
     running: Any
     better: Any
     indefinite: Any  # whether r . M^-1 r was not positive
+    unsettled: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)  # p . A p, p . p, running
 
     @classmethod
     def start(cls, rows: Tensor, precondition: Callable[[Tensor], Tensor] | None, tol: float | None) -> Columns:
         """x = 0, r = b, p = M^-1 b."""
         xp: Any = numpy if rows.device.type == "cpu" else torch
-        as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is numpy else lambda values: values
+        as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is numpy else Tensor.detach
         r = rows.clone()
         p = r.clone() if precondition is None else precondition(r).clone()
         squares = _sums(r, r)
@@ -80,32 +81,54 @@ class Columns:
 
     def steps(self, dots: Tensor, damping: float) -> Tensor:
         """The step of every column, from p . C p and p . p."""
-        xp = self.xp
         pAp, pp = self._as_scalar(dots)
-        with numpy.errstate(all="ignore"):
-            pAp = pAp + damping * pp
-            quotient = pAp / pp
-            seen = xp.where(self.running, quotient, math.nan)
-            self.lowest, self.highest = xp.fmin(self.lowest, seen), xp.fmax(self.highest, seen)
-            self.last = xp.where(self.running, quotient, self.last)
-            self.iterations = self.iterations + self.running
-            # From here on the steps of a column that stops are 0, so no look at the values is needed for stopping.
-            self.running = self.running & (quotient > 0)
-            return self._as_tensor(xp.where(self.running, self.rz / pAp, 0))
+        if damping:
+            with numpy.errstate(over="ignore"):
+                pAp = pAp + damping * pp
+        self.unsettled.append((pAp, pp, self.running))
+        # From here on the steps of a column that stops are 0, so no look at the values is needed for stopping.
+        self.running = self.running & (pAp > 0)
+        return self._ratios(self.rz, pAp)
 
     def conjugate(self, rr: Tensor, rz: Tensor | None = None) -> Tensor:
         """What the next directions have of the last ones, [K, 1], from r . r and, if they differ, r . M^-1 r."""
-        xp, previous = self.xp, self.rz
+        previous = self.rz
         self.rr = self._as_scalar(rr)
         self.rz = self.rr if rz is None else self._as_scalar(rz)
+        self.better = self.rr < self.best_rr
+        self.best_rr = self.xp.fmin(self.rr, self.best_rr)
+        self.running = self.running & (self.rr > self.goal) & (self.rr <= self.most)
+        if rz is not None:
+            is_positive = self.rz > 0
+            self.indefinite = self.indefinite | (self.running & ~is_positive)
+            self.running = self.running & is_positive
+        return self._ratios(self.rz, previous).unsqueeze(1)
+
+    def _ratios(self, a: Any, b: Any) -> Tensor:
+        """a / b of the columns that are running, and 0."""
+        if self.xp is torch:
+            return torch.where(self.running, a / b, 0)
+        ratios = numpy.zeros_like(a)
+        numpy.divide(a, b, out=ratios, where=self.running)
+        return torch.from_numpy(ratios)
+
+    def settle(self) -> None:
+        """Bring what is only wanted in the end up to date: extreme quotients, the last ones, counts."""
+        if not self.unsettled:
+            return
+        xp = self.xp
+        pAp, pp, running = (xp.stack(rows) for rows in zip(*self.unsettled, strict=True))
+        self.unsettled.clear()
         with numpy.errstate(all="ignore"):
-            self.better = self.rr < self.best_rr
-            self.best_rr = xp.fmin(self.rr, self.best_rr)
-            going_on = self.running & (self.rr > self.goal) & (self.rr <= self.most)
-            self.running = going_on & (self.rz > 0)
-            if rz is not None:
-                self.indefinite = self.indefinite | (going_on & ~self.running)
-            return self._as_tensor(xp.where(self.running, self.rz / previous, 0))[:, None]
+            quotients = pAp / pp
+        spent = running.sum(0)
+        at = xp.where(spent > 0, spent - 1, 0)[None]  # a column that stops does not start again
+        last = (numpy.take_along_axis(quotients, at, 0) if xp is numpy else quotients.gather(0, at))[0]
+        self.last = xp.where(spent > 0, last, self.last)
+        is_known = running & (quotients == quotients)
+        self.lowest = xp.fmin(self.lowest, _amin(xp.where(is_known, quotients, math.inf)))
+        self.highest = xp.fmax(self.highest, -_amin(xp.where(is_known, -quotients, math.inf)))
+        self.iterations = self.iterations + spent
 
     def rate_first_direction(self, Ap: Tensor, damping: float) -> None:
         """Note how good the first direction itself would be, which is what is left if no step can be taken along it.
@@ -123,7 +146,7 @@ class Columns:
 
     def running_count(self) -> int:
         """How many columns are not done: a look at the values."""
-        return int(self.running.sum())
+        return sum(self.running.tolist())
 
     def is_running(self) -> Tensor:
         """Which columns are not done, bool [K]."""
@@ -131,13 +154,17 @@ class Columns:
 
     def at(self, which: Tensor) -> Columns:
         """Some of the columns; `which` is bool [K]."""
+        self.settle()
         chosen = self._as_scalar(which)
-        return self._each(lambda value: value[which] if isinstance(value, Tensor) else value[chosen])
+        values = {name: getattr(self, name) for name in ARRAYS}
+        part = {name: value[which if isinstance(value, Tensor) else chosen] for name, value in values.items()}
+        return dataclasses.replace(self, **part, unsettled=[])
 
     def joined(self, others: Sequence[Columns]) -> Columns:
         """These columns and others, in the order of the right-hand sides."""
         if not others:
             return self
+        self.settle()
         parts = [self, *others]
         order = torch.cat([part.ids for part in parts]).argsort()
         joined = {}
@@ -145,15 +172,13 @@ class Columns:
             values = [getattr(part, name) for part in parts]
             is_tensor = isinstance(values[0], Tensor)
             joined[name] = torch.cat(values)[order] if is_tensor else numpy.concatenate(values)[order.numpy()]
-        return dataclasses.replace(self, **joined)
+        return dataclasses.replace(self, **joined, unsettled=[])
 
     def numbers(self, name: str) -> list[Any]:
         """One of the scalars, as Python's numbers."""
+        self.settle()
         values: list[Any] = getattr(self, name).tolist()
         return values
-
-    def _each(self, function: Callable[[Any], Any]) -> Columns:
-        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in ARRAYS})
 
     def _as_scalar(self, values: Tensor) -> Any:
         return values.numpy() if self.xp is numpy else values
@@ -163,7 +188,11 @@ class Columns:
         return tensor
 
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(Columns) if field.name != "xp")
+ARRAYS = tuple(field.name for field in dataclasses.fields(Columns) if field.name not in ("xp", "unsettled"))
+
+
+def _amin(values: Any) -> Any:
+    return values.min(0) if isinstance(values, numpy.ndarray) else values.amin(0)
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from .._data import Batches
 from .._distributed import Group, agree, gather_objects, rank_in
 from .._model import plain_model
 from ..curvature import CurvatureOperator
-from ..solvers import Solution
+from ..solvers import ConvergenceError, Solution
 from .fingerprint import describe, differences, of_data, of_model
-from .interim import ConvergenceError
 from .loaders import samples_in
 from .result_file import ResultFile
 

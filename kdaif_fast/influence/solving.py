@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import CurvatureOperator, Identity
-from ..solvers import Solution, check_limits
-from .interim import SOLVERS, auto_damping, solve
+from ..solvers import SOLVERS, Solution, auto_damping, check_limits, solve
 from .rank import LOOKS_EVERY, RANK_TOLERANCE, RankSettled
 
 Tolerance = float | Literal["rank"] | None
@@ -52,13 +51,16 @@ def solve_queries(
 
     settled: makes what tells whether the ranking has, for tol="rank".
     """
+    if isinstance(operator, Identity):
+        return _undirected(b, 0.0 if damping == "auto" else float(damping))
+    # Of the mean: the same damping whatever is asked about, and however it is split.
     lam = auto_damping(operator, b.mean(0)) if damping == "auto" else float(damping)
     rows = b.split(_at_once(b, solver, memory))
     with _Watched(operator, progress) as watched:
         parts = []
         for some in rows:
             extra = dict(options)
-            if tol == "rank" and not isinstance(operator, Identity):
+            if tol == "rank":
                 extra |= {"stop": settled(), "stop_every": LOOKS_EVERY}
             part = solve(
                 watched,
@@ -84,6 +86,14 @@ def _at_once(b: Tensor, solver: str, memory: int | None) -> int:
         return K
     most = max(1, (memory or MEMORY) // max(1, VECTORS_OF_A_SOLVE * b.shape[1] * b.element_size()))
     return -(-K // -(-K // most))
+
+
+def _undirected(b: Tensor, damping: float) -> Solution:
+    """The solution where C is the identity."""
+    K, x = len(b), b / (1 + damping)
+    if K == 1:
+        return Solution(x[0], 0.0, 0, True, damping, "tolerance")
+    return Solution(x, torch.zeros(K, dtype=torch.float64), 0, True, damping, ("tolerance",) * K)
 
 
 def _joined(parts: list[Solution], x: Tensor) -> Solution:

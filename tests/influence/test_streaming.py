@@ -85,6 +85,19 @@ def test_inputs_by_keyword_and_teachers():
     torch.testing.assert_close(influence_scores(model, loader, val, **EXACT), expected)
 
 
+@pytest.mark.parametrize("solver", ["minres", "exact", "lanczos", "nystrom"])
+@pytest.mark.parametrize("queries", ["mean", "per_class"])
+def test_other_solvers(solver, queries):
+    """Of full rank, the low-rank ones are exact."""
+    model, batch, val = make("mlp")
+    expected = influence_scores(model, batch, val, queries=queries, **EXACT)
+    options = {"rank": 43} if solver in ("lanczos", "nystrom") else {}
+    phi = influence_scores(
+        model, pieces(batch, 5), val, solver=solver, queries=queries, solver_options=options, damping=0.1, tol=1e-6
+    )
+    torch.testing.assert_close(phi, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_float32_models_give_float32():
     model, batch, val = make("mlp")
     model, loader = model.float(), [(x.float(), y) for x, y in pieces(batch, 5)]
@@ -279,7 +292,11 @@ class TestLoadersThatWillNotDo:
         ("change", "error", "message"),
         [
             ({"queries": "all"}, ValueError, "queries is 'all', expected one of 'mean'"),
-            ({"tol": "rank", "solver": "minres"}, ValueError, "solver"),
+            (
+                {"tol": "rank", "solver": "minres"},
+                ValueError,
+                "tol is 'rank', which needs solver='cg', but solver is 'minres'",
+            ),
             ({"memory": 0}, ValueError, "memory is 0"),
             ({"group": "everyone"}, RuntimeError, "not initialised"),
             ({"out": "scores.txt"}, ValueError, r"out is 'scores.txt', expected .*\.npy or \.safetensors"),

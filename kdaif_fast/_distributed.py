@@ -56,6 +56,12 @@ def together(group: Group, device: torch.device) -> Iterator[None]:
                 raise RuntimeError(f"{int(failures)} other rank(s) of the group failed, and say there for what reason")
 
 
+def agree(flag: bool, group: Group, device: torch.device) -> bool:
+    """Whether it is so on every rank."""
+    missing = add_over_ranks(torch.tensor(0.0 if flag else 1.0, device=device), group)
+    return float(missing) == 0
+
+
 def _process_group(group: Any) -> Any:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(

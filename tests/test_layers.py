@@ -31,7 +31,7 @@ BELOW = {
     },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "info", "__init__"},
+    "cli": {"demo", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model"},
 }
 OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors"}

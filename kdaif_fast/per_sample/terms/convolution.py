@@ -81,7 +81,7 @@ class ConvolutionTerm(Term):
     @property
     def is_plain(self) -> bool:
         """Whether G_i[o] = sum_t b_it[o] patch_it: one image a sample, one group, not transposed."""
-        return self._one_image and self.convolution.groups == 1 and not self.convolution.transposed
+        return self.one_image and self.convolution.groups == 1 and not self.convolution.transposed
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""

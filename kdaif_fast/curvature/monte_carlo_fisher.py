@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._distributed import Group
+from .._distributed import Group, rank_in
 from .._model import Loss, Params
 from .._objective import Objective
 from .._tree import wide_dtype
@@ -20,7 +20,7 @@ class MonteCarloFisher(StreamedCurvature):
 
     In expectation it is the Gauss-Newton matrix of cross-entropy ("categorical") or of half the squared error
     ("gaussian"). The same targets are drawn at every product, so that it is one matrix; it depends on the device, and
-    on how a loader cuts the samples into batches.
+    on how a loader or a group of processes cuts the samples into batches, and on their order.
 
     Args:
         draws: targets drawn for each sample.
@@ -66,7 +66,9 @@ class MonteCarloFisher(StreamedCurvature):
 
     def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
         outputs = objective.outputs.detach()
-        generator = torch.Generator(outputs.device).manual_seed(self._seed + 1_000_003 * index)
+        generator = torch.Generator(outputs.device).manual_seed(
+            self._seed + 1_000_003 * index + 998_244_353 * rank_in(self._group)
+        )
         tangents = objective.push(vectors)
         total = torch.zeros_like(tangents)
         for _ in range(self._draws):

@@ -61,6 +61,7 @@ class Path:
         parameters: the leaves, by name.
         edge: the tensor, as autograd's functions take it.
         leaf: the parameter, if there is nothing but transposes and casts in between; its gradient is `leaf_grad`.
+        transposes: whether, then, rows and columns are swapped.
         rearranges: whether it only rearranges (and casts) one parameter.
         transposes: whether these swap the rows and columns of `leaf`.
     """

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 
 from .._data import Batches
 from .._model import (
@@ -28,6 +27,7 @@ from ..per_sample.paths import Path
 from ..per_sample.recording import Recording
 from ..per_sample.terms import Term
 from ..per_sample.terms.base import BLOCK_ELEMENTS
+from .loaders import require_order
 
 
 def read_data(
@@ -40,8 +40,8 @@ def read_data(
     parameters = select_parameters(plain_model(model), params)
     device = next(iter(parameters.values())).device
     for name, value in data.items():
-        if isinstance(value, DataLoader) and isinstance(value.sampler, RandomSampler) and name not in any_order:
-            raise ValueError(f"{name} is a DataLoader that shuffles, expected one order of samples: shuffle=False")
+        if name not in any_order:
+            require_order(value, name)
     return list(parameters), [Batches(value, name, device) for name, value in data.items()]
 
 

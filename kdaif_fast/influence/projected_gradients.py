@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._data import Batches
 from .._model import Loss, Params, plain_model, select_parameters
 from .damping import AUTO_DAMPING, check_damping
+from .fingerprint import of_model
 from .gradients import read_data, record, require_finite_rows
 from .progress import track
 from .projection import KINDS, DenseProjection, FactoredProjection, Projection
@@ -28,9 +29,6 @@ ROWS_AT_ONCE = 1 << 24
 
 ROUNDING = 10
 """How many times the rounding of its largest entry the damped matrix has to be above zero to be inverted."""
-
-SAME = 1e-9
-"""By how much sums over the model's parameters may differ, relative to them, for it to be the same model."""
 
 _FEATURES, _SETTINGS = "features.npy", "settings.json"
 
@@ -133,7 +131,7 @@ class ProjectedGradients:
         else:
             self._projection = FactoredProjection(*how)
         self._settings = {**settings, "parameters": {name: list(p.shape) for name, p in parameters.items()}}
-        self._fingerprint = fingerprint(self._model)
+        self._fingerprint = of_model(self._model)
 
     def _stream(self, batches: Batches, progress: bool | None) -> Iterator[tuple[Any, Tensor]]:
         """Every batch, with its label and its features [n, k]."""
@@ -236,8 +234,7 @@ class ProjectedGradients:
             yield rows.to(self._projection.device)
 
     def _require_same_model(self) -> None:
-        now = fingerprint(self._model)
-        if any(abs(a - b) > SAME * abs(a) for a, b in zip(self._fingerprint, now, strict=True)):
+        if of_model(self._model) != self._fingerprint:
             raise ValueError("the model is not as it was when the features were made: its parameters have changed")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -295,14 +292,3 @@ def check_projection(method: Any, dims: Any, projection: Any) -> None:
         raise TypeError(f"dims is {dims!r}, expected an int >= 1")
     if dims < 1:
         raise ValueError(f"dims is {dims!r}, expected at least 1")
-
-
-def fingerprint(model: nn.Module) -> list[float]:
-    """Two numbers that change when a parameter or a buffer of the model does."""
-    sums = squares = 0.0
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                sums += float(tensor.abs().sum(dtype=torch.float64))
-                squares += float(tensor.double().square().sum())
-    return [sums, squares]

@@ -11,18 +11,12 @@ from torch import Tensor, nn
 from .._model import Loss, Params, plain_model
 from .._tree import product_dtype
 from .._warn import warn_user
-from ..curvature import CURVATURES, GaussNewton, make_curvature
+from ..curvature import CURVATURES, make_curvature
 from ..per_sample.recording import Recording
-from ..solvers import ConvergenceWarning, cg, check_limits
-from .damping import AUTO_DAMPING, check_damping
+from ..solvers import ConvergenceWarning, auto_damping, cg, check_limits
+from .damping import check_damping
 from .gradients import KeptGradients, read_data, record, require_finite_rows, squared_norms
 from .progress import track
-
-AUTO_PROBES = 4
-"""Products that the estimate of the mean eigenvalue costs."""
-
-LEAST_DAMPING = 1e-6
-"""What "auto" damping is at least, relative to the largest eigenvalue: some ten times float32's rounding of it."""
 
 SOLVERS = ("cg", "exact")
 
@@ -62,9 +56,10 @@ def self_influence(
         curvature: C: "identity", for which no gradient is formed; the name of another curvature, "ggn" for example; or
             an operator: an object over the same parameters with `.solve(b, damping)`, as EKFAC has it, or `.matmat`.
             Without a `.solve`, every sample is a right-hand side of the solver.
-        solver: "cg", conjugate gradients; or "exact", for up to 20,000 parameters: C as a matrix, factored once; cheaper
-            where there are fewer parameters than samples times iterations of cg.
-        damping: added to every eigenvalue of C; "auto" is 0.1 times the mean eigenvalue of C (0 for "identity").
+        solver: "cg", conjugate gradients; or "exact", for up to 20,000 parameters: C as a matrix, factored once;
+            cheaper where there are fewer parameters than samples times iterations of cg.
+        damping: added to every eigenvalue of C; "auto" is that of `solve`: 0.1 times the mean eigenvalue
+            of C (0 for "identity").
         tol: the relative residual at which cg stops; None spends exactly max_iter products.
         max_iter: the most products that cg spends on a block of samples.
         memory: bytes for the samples that are solved for together, with what conjugate gradients need.
@@ -171,7 +166,7 @@ class _Solve:
             return solve(rows, float(self._damping))
         damping = float(self._damping)
         if self._solver == "exact":
-            return torch.cholesky_solve(rows.T, self._factored(damping)).T
+            return torch.cholesky_solve(rows.T.double(), self._factored(damping)).T.to(rows.dtype)
         solution = cg(self._operator, rows, damping=damping, tol=self._tol, max_iter=self._max_iter)
         for residual, reason in zip(torch.as_tensor(solution.residual).tolist(), solution.reason, strict=True):
             went_wrong = reason not in ("tolerance", "stopped", "max_iter")
@@ -184,7 +179,7 @@ class _Solve:
         if not len(self._factor):
             if not hasattr(self._operator, "dense"):
                 raise ValueError("solver is 'exact', but curvature has no dense(): use 'cg'")
-            matrix = self._operator.dense()
+            matrix = self._operator.dense().double()
             matrix.diagonal().add_(damping)
             factor, failed = torch.linalg.cholesky_ex(matrix)
             if int(failed):
@@ -193,18 +188,9 @@ class _Solve:
         return self._factor
 
     def _auto(self, rows: Tensor) -> float:
-        if not hasattr(self._operator, "mean_eigenvalue"):
-            raise ValueError("damping is 'auto', but curvature has no mean_eigenvalue: give damping as a number")
-        mean = float(self._operator.mean_eigenvalue(probes=AUTO_PROBES))
-        if isinstance(self._operator, GaussNewton):  # so that the solve is possible in float32
-            row = rows[rows.square().sum(1).argmax()]
-            largest = float(self._operator.matvec(row).norm() / row.norm().clamp(min=torch.finfo(row.dtype).tiny))
-            return max(AUTO_DAMPING * mean, LEAST_DAMPING * largest, LEAST_DAMPING**2)
-        if mean <= 0:
-            raise ValueError(
-                f"damping is 'auto', but the mean eigenvalue of the curvature is {mean:.3g}: give damping as a number"
-            )
-        return AUTO_DAMPING * mean
+        if not hasattr(self._operator, "matmat"):
+            raise ValueError("damping is 'auto', but curvature has no matmat: give damping as a number")
+        return auto_damping(self._operator, rows)
 
     def warn(self) -> None:
         """Say how many samples' solves did not reach the tolerance."""

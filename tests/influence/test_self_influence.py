@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdaif_fast import ConvergenceWarning, per_sample_grad_norms, self_influence
-from kdaif_fast.curvature import EmpiricalFisher, GaussNewton
+from kdaif_fast.curvature import EKFAC, EmpiricalFisher, GaussNewton
 from tests.cases import MODELS, Dense, make
 from tests.influence.cases import auc, digits, loader
 
@@ -37,7 +37,7 @@ def test_identity_is_squared_norms(name):
     torch.testing.assert_close(self_influence(model, batch).sqrt(), per_sample_grad_norms(model, batch))
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_conjugate_gradients(name):
     model, batch, other = make(name)
     dense = Dense(model)
@@ -98,6 +98,15 @@ def test_operators():
     assert inverse.calls == [5, 5, 2]
 
 
+def test_ekfac_by_name():
+    model, batch, _ = make("mlp")
+    operator, grads = EKFAC(model, batch), Dense(model).grads(batch)
+    expected = (grads * operator.solve(grads, 0.1)).sum(1)
+    own = self_influence(model, loader(batch, 5), train=batch, curvature="ekfac", damping=0.1)
+    torch.testing.assert_close(own, expected)
+    assert (self_influence(model, batch, curvature=operator) > 0).all()
+
+
 def test_auto_damping():
     model, batch, _ = make("mlp")
     damping = 0.1 * GaussNewton(model, batch).mean_eigenvalue(probes=4)
@@ -105,7 +114,7 @@ def test_auto_damping():
     torch.testing.assert_close(
         self_influence(model, batch, **options), self_influence(model, batch, damping=damping, **options)
     )
-    with pytest.raises(ValueError, match="damping is 'auto', but curvature has no mean_eigenvalue"):
+    with pytest.raises(ValueError, match="damping is 'auto', but curvature has no matmat"):
         self_influence(model, batch, curvature=Inverse(torch.eye(43)))
 
 

@@ -153,9 +153,9 @@ class TestBadInput:
     def test_a_loader_that_shuffles(self):
         model, train, val = make("mlp")
         shuffled = DataLoader(TensorDataset(*train), batch_size=4, shuffle=True)
-        with pytest.raises(ValueError, match="train is a DataLoader that shuffles"):
+        with pytest.raises(ValueError, match="train is a DataLoader with a RandomSampler"):
             tracin_scores(model, shuffled, val, checkpoints=[model.state_dict()])
-        with pytest.raises(ValueError, match="val is a DataLoader that shuffles"):
+        with pytest.raises(ValueError, match="val is a DataLoader with a RandomSampler"):
             tracin_scores(model, train, shuffled, checkpoints=[model.state_dict()], queries="per_sample")
         tracin_scores(model, train, shuffled, checkpoints=[model.state_dict()])
 

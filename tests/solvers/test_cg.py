@@ -268,11 +268,13 @@ def test_divergence_ends_with_the_best_iterate():
     C = torch.eye(40) + 0.8 * torch.randn(40, 40).triu(1)
     fates = {}
     for seed in range(30):
-        torch.manual_seed(seed)
-        solution = cg(rows_of(C), torch.randn(40), tol=1e-6, max_iter=3000)
+        b = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+        solution = cg(rows_of(C), b, tol=1e-6, max_iter=3000)
         assert solution.x.isfinite().all()
+        assert solution.residual == pytest.approx(float(residuals_of(C, solution.x, b)), rel=1e-3, abs=1e-5)
         fates.setdefault(solution.reason, []).append(solution)
     assert all(solution.residual <= 1 for solution in fates["diverged"])
+    assert any(solution.residual < 1 for solution in fates["diverged"])  # some way was made before
     assert not any(solution.converged for solution in fates["diverged"])
     assert cg(lambda V: V * torch.nan, torch.ones(4)).reason == "diverged"
     assert torch.equal(cg(lambda V: V * torch.nan, torch.ones(4)).x, torch.zeros(4))

@@ -47,7 +47,7 @@ class Columns:
     @classmethod
     def start(cls, rows: Tensor, precondition: Callable[[Tensor], Tensor] | None, tol: float | None) -> Columns:
         """x = 0, r = b, p = M^-1 b."""
-        xp: Any = numpy if rows.device.type == "cpu" else torch
+        xp = scalars_for(rows.device)
         as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is numpy else Tensor.detach
         r = rows.clone()
         p = r.clone() if precondition is None else precondition(r).clone()
@@ -186,6 +186,11 @@ class Columns:
     def _as_tensor(self, values: Any) -> Tensor:
         tensor: Tensor = torch.from_numpy(values) if self.xp is numpy else values
         return tensor
+
+
+def scalars_for(device: torch.device) -> Any:
+    """Who calculates with scalars: numpy or torch."""
+    return numpy if device.type == "cpu" else torch
 
 
 ARRAYS = tuple(field.name for field in dataclasses.fields(Columns) if field.name not in ("xp", "unsettled"))

@@ -163,7 +163,7 @@ class TestOut:
         model, batch, val = make("mlp")
         path = tmp_path / "phi.npy"
         path.write_text("mine")
-        with pytest.raises(ValueError, match="which exists.*resume=False"):
+        with pytest.raises(ValueError, match=r"which exists.*resume=False"):
             influence_scores(model, batch, val, out=path)
         assert path.read_text() == "mine"
         beside(path, ".progress.json").write_text("[]")
@@ -177,7 +177,7 @@ class TestOut:
         path = tmp_path / "phi.npy"
         influence_scores(model, batch, val, out=path)
         np.save(beside(path, ".solution.npy"), np.zeros(3))
-        with pytest.raises(ValueError, match="is not the solution that phi.npy.progress.json is about"):
+        with pytest.raises(ValueError, match=r"is not the solution that phi\.npy\.progress\.json is about"):
             influence_scores(model, batch, val, out=path)
 
     def test_scores_that_were_deleted_are_made_again(self, tmp_path):

@@ -3,6 +3,7 @@
 from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
+from ._sharded import gathered
 from .curvature import hvp
 from .influence import influence_scores, influence_weights, sigmoid_weights
 from .per_sample import (
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "backends",
     "curvature",
+    "gathered",
     "hvp",
     "influence_scores",
     "influence_weights",

@@ -23,7 +23,7 @@ BELOW = {
     "_data": {"_model"},
     "_distributed": set(),
     "_objective": {"_model", "_tree"},
-    "solvers": set(),
+    "solvers": {"ops", "_tree", "_warn"},
     "curvature": {"_objective", "_model", "_tree", "_data", "_distributed"},
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_warn"},

@@ -161,7 +161,7 @@ def _solve(
     lam = _auto_damping(operator, validation_grad) if damping == "auto" else float(damping)
     if isinstance(operator, Identity):
         return Solution(validation_grad / (1 + lam), 0.0, 0, True, lam, "tolerance")
-    solution = SOLVERS[solver](operator.matvec, validation_grad, damping=lam, tol=tol, max_iter=max_iter)
+    solution = SOLVERS[solver](operator, validation_grad, damping=lam, tol=tol, max_iter=max_iter)
     _warn_if_not_converged(operator, solution, tol)
     return solution
 

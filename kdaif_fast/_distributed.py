@@ -21,6 +21,16 @@ def add_over_ranks(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def gather_over_ranks(value: Any, group: Group) -> list[Any]:
+    """What every rank of the group has, any object that can be pickled; [value] without a group."""
+    if group is None:
+        return [value]
+    process_group = _process_group(group)
+    found: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, value, group=process_group)
+    return found
+
+
 def rank_in(group: Group) -> int:
     """The number of this process in the group; 0 without one."""
     return 0 if group is None else dist.get_rank(_process_group(group))
@@ -44,6 +54,12 @@ def together(group: Group, device: torch.device) -> Iterator[None]:
             failures = add_over_ranks(torch.tensor(float(failed), device=device), group)
             if failures and not failed:
                 raise RuntimeError(f"{int(failures)} other rank(s) of the group failed, and say there for what reason")
+
+
+def agree(flag: bool, group: Group, device: torch.device) -> bool:
+    """Whether it is so on every rank."""
+    missing = add_over_ranks(torch.tensor(0.0 if flag else 1.0, device=device), group)
+    return float(missing) == 0
 
 
 def _process_group(group: Any) -> Any:

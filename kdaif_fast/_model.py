@@ -204,9 +204,9 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
 
     Buffers are left as they are: layers that update theirs in training mode update copies.
     """
-    states = _random_states(model)
+    states = random_states(model)
     outputs = _tensor_of(call_model(model, inputs, name))
-    if any(not torch.equal(a, b) for a, b in zip(states, _random_states(model), strict=True)):
+    if any(not torch.equal(a, b) for a, b in zip(states, random_states(model), strict=True)):
         # Somebody drew random numbers: another thread, a model that does not use them, or one that does.
         with torch.no_grad():
             again = _tensor_of(call_model(model, inputs, name))
@@ -217,7 +217,8 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
     return outputs
 
 
-def _random_states(model: nn.Module) -> list[Tensor]:
+def random_states(model: nn.Module) -> list[Tensor]:
+    """Of the generators that the model may draw from."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
 

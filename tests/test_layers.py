@@ -22,17 +22,20 @@ BELOW = {
     "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_distributed": set(),
-    "_objective": {"_model", "_tree"},
-    "solvers": {"ops", "_tree", "_warn"},
-    "curvature": {"_objective", "_model", "_tree", "_data", "_distributed"},
+    "_objective": {"_model", "_tree", "batched"},
+    "solvers": {"_tree", "_warn", "ops"},
+    "curvature": {"_data", "_distributed", "_model", "_objective", "_tree", "batched", "per_sample"},
+    "batched": set(),
     "per_sample": {"ops", "_model", "_tree"},
-    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_warn"},
+    "influence": {
+        *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
+    },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "info", "__init__"},
+    "cli": {"demo", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model", "_sharded"},
 }
-OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy"}
+OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors"}
 
 
 def room(path):

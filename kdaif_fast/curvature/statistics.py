@@ -176,6 +176,9 @@ class Statistics:
             if layer is not None and isinstance(block, KroneckerBlock):
                 layer.squares(block.grad_basis, block.input_basis, block.values)
 
+        def receive(group: Group, samples: int, first: bool) -> None:
+            add(None if group.names & self._plain else find_layer(group))
+
         with together(self._ranks, self._like.device):
             if self._layers is not None:
                 while self._layers:

@@ -3,6 +3,7 @@
 from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
+from ._sharded import gathered
 from .curvature import hvp
 from .influence import (
     ProjectedGradients,
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "curvature",
     "datainf_scores",
+    "gathered",
     "hvp",
     "influence_scores",
     "influence_weights",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._sharded import is_sharded
 from .ops import kd_loss
 
 Loss = Callable[..., Tensor]
@@ -94,6 +95,11 @@ def plain_model(model: Any) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if is_sharded(model):
+        raise TypeError(
+            "model is spread over processes by fully_shard (FSDP2), which frees its parameters between passes. Give "
+            "kdaif_fast.gathered(model), a copy with whole parameters on every rank"
+        )
     return model
 
 

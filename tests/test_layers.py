@@ -18,7 +18,8 @@ BELOW = {
     "reference": set(),
     "triton_kernels": set(),
     "ops": {"reference", "_derive", "_library"},
-    "_model": {"ops"},
+    "_sharded": set(),
+    "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_distributed": set(),
     "_objective": {"_model", "_tree", "batched"},
@@ -32,7 +33,7 @@ BELOW = {
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"demo", "influence", "info", "__init__"},
-    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model"},
+    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors"}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._data import Batches
 from .._distributed import Group as Ranks
-from .._distributed import add_over_ranks, gather_over_ranks, rank_in
+from .._distributed import add_over_ranks, gather_over_ranks, rank_in, together
 from .._model import Loss
 from ..per_sample.groups import Group, visit_groups
 from ..per_sample.groups import blocks as sample_blocks
@@ -67,7 +67,8 @@ class Statistics:
 
     def _first_pass(self) -> Blocks:
         while True:
-            owners, several = self._attempt()
+            with together(self._ranks, self._like.device):
+                owners, several = self._attempt()
             shapes = {name: block.shape for name, block in owners.items() if isinstance(block, KroneckerBlock)}
             for others in gather_over_ranks((shapes, several), self._ranks):
                 several |= others[1] | {n for n in {*shapes, *others[0]} if shapes.get(n) != others[0].get(n)}
@@ -150,7 +151,7 @@ class Statistics:
 
     def _reduce(self, blocks: Blocks) -> None:
         """Add up over ranks, and make means of squares of the sums."""
-        total = add_over_ranks(torch.tensor(float(self.samples), device=self._like.device), self._ranks)
+        total = add_over_ranks(torch.tensor(self.samples, device=self._like.device), self._ranks)
         self.samples = int(total)
         finite = []
         for block in blocks.values():
@@ -175,11 +176,17 @@ class Statistics:
             if layer is not None and isinstance(block, KroneckerBlock):
                 layer.squares(block.grad_basis, block.input_basis, block.values)
 
-        if self._layers is not None:
-            while self._layers:
-                add(self._layers.pop())
-        else:
-            self._stream(lambda group, samples, first: add(None if group.names & self._plain else find_layer(group)))
+        def receive(group: Group, samples: int, first: bool) -> None:
+            add(None if group.names & self._plain else find_layer(group))
+
+        with together(self._ranks, self._like.device):
+            if self._layers is not None:
+                while self._layers:
+                    add(self._layers.pop())
+            else:
+                self._stream(
+                    lambda group, samples, first: add(None if group.names & self._plain else find_layer(group))
+                )
         for block in corrected:
             add_over_ranks(block.values, self._ranks).div_(self.samples)
 

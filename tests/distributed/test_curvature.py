@@ -107,6 +107,7 @@ def test_products(world):
     start(check_products, world)
 
 
+@pytest.mark.slow
 def test_torchrun():
     """The same, started as users start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

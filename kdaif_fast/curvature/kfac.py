@@ -97,7 +97,9 @@ class KFAC(CurvatureOperator):
         require_independent_samples(self._model)
         self.parameters = select_parameters(self._model, params)
         self._fisher, self._draws, self._seed, self._loss, self._group = fisher, draws, seed, loss, group
-        self._batches = data if isinstance(data, Batches) else Batches(data, "data", self.device)
+        self._batches = (
+            data if isinstance(data, Batches) else Batches(data, "data", self.device, may_be_empty=group is not None)
+        )
         self._keeps = self._batches.is_one or keep_graphs
         self._memory = memory or KEPT
         self._blocks: Blocks | None = None

@@ -15,7 +15,7 @@ from ..per_sample.groups import Group, visit_groups
 from ..per_sample.groups import blocks as sample_blocks
 from ..per_sample.recording import Recording
 from .blocks import DiagonalBlock, KroneckerBlock
-from .layers import Layer, find_layer
+from .layers import Layer, Shape, find_layer
 from .output_roots import Fisher, cotangents
 
 Blocks = dict[str, KroneckerBlock | DiagonalBlock]
@@ -69,9 +69,7 @@ class Statistics:
         while True:
             with together(self._ranks, self._like.device):
                 owners, several = self._attempt()
-            shapes = {name: block.shape for name, block in owners.items() if isinstance(block, KroneckerBlock)}
-            for others in gather_over_ranks((shapes, several), self._ranks):
-                several |= others[1] | {n for n in {*shapes, *others[0]} if shapes.get(n) != others[0].get(n)}
+            several |= self._agree(owners, several)
             if not several:
                 break
             self._plain |= several
@@ -81,6 +79,19 @@ class Statistics:
             found[block.names[0]] = block
         self._reduce(found)
         return found
+
+    def _agree(self, owners: Blocks, several: set[str]) -> set[str]:
+        """The parameters for which ranks differ in what block they call for; what only others have is added, empty."""
+        own = {name: block.shape if isinstance(block, KroneckerBlock) else None for name, block in owners.items()}
+        kinds: dict[str, Shape | None] = {}
+        different: set[str] = set()
+        for shapes, others in gather_over_ranks((own, several), self._ranks):
+            different |= others | {name for name, shape in shapes.items() if kinds.setdefault(name, shape) != shape}
+        for name, shape in kinds.items():
+            if shape is not None and name not in owners:
+                block = KroneckerBlock(shape, self._like)
+                owners.update(dict.fromkeys(block.names, block))
+        return different
 
     def _attempt(self) -> tuple[Blocks, set[str]]:
         """The block of each parameter, and the parameters for which batches differ in what block they call for."""
@@ -151,8 +162,10 @@ class Statistics:
 
     def _reduce(self, blocks: Blocks) -> None:
         """Add up over ranks, and make means of squares of the sums."""
-        total = add_over_ranks(torch.tensor(self.samples, device=self._like.device), self._ranks)
+        total = add_over_ranks(torch.tensor(float(self.samples), device=self._like.device), self._ranks)
         self.samples = int(total)
+        if not self.samples:
+            raise ValueError(f"{self._batches.name} is empty on every rank")
         finite = []
         for block in blocks.values():
             for tensor in block.sums():
@@ -175,9 +188,6 @@ class Statistics:
             block = None if layer is None else blocks.get(layer.shape.weight)
             if layer is not None and isinstance(block, KroneckerBlock):
                 layer.squares(block.grad_basis, block.input_basis, block.values)
-
-        def receive(group: Group, samples: int, first: bool) -> None:
-            add(None if group.names & self._plain else find_layer(group))
 
         with together(self._ranks, self._like.device):
             if self._layers is not None:

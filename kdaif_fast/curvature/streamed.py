@@ -14,6 +14,7 @@ from .._distributed import Group, add_over_ranks, together
 from .._model import Loss, Params, plain_model, select_parameters
 from .._objective import Objective
 from ..batched import KeptBackward
+from .ekfac import EKFAC
 from .operator import CurvatureOperator
 
 VECTORS_AT_ONCE = 1 << 30
@@ -115,6 +116,15 @@ class StreamedCurvature(CurvatureOperator):
                 raise ValueError(f"{self._batches.name} is empty on every rank")
             self._samples = int(total)
         return self._samples
+
+    def ekfac(self, **options: Any) -> EKFAC:
+        """EK-FAC of the same loss on the same data: an approximate inverse by `.solve`, or a preconditioner for cg.
+
+        Args:
+            options: those of `EKFAC`, such as fisher; the model, the loss, the parameters and the group are this one's.
+        """
+        chosen = list(self.parameters.values())
+        return EKFAC(self._model, self._batches, loss=self._loss, params=chosen, group=self._group, **options)
 
     def _products(self, vectors: Tensor) -> Tensor:
         vectors = vectors.to(self.dtype)

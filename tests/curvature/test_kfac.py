@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast._model import DistillationLoss
-from kdaif_fast.curvature import EKFAC, KFAC, hvp
+from kdaif_fast.curvature import EKFAC, KFAC, GaussNewton, hvp
+from kdaif_fast.solvers import ConvergenceWarning, solve
 from tests.cases import CLASSES, MODELS, Dense, N, make
 
 TIGHT = dict(rtol=1e-10, atol=1e-12)
@@ -357,6 +358,22 @@ def test_in_one_call():
     product = hvp(model, batch, direction, curvature="ekfac")
     expected = EKFAC(model, batch).matvec(direction)
     assert all(torch.equal(product[name], expected[name]) for name in direction)
+
+
+def test_with_the_solvers():
+    """By itself, as the inverse of another curvature, and as a preconditioner."""
+    model, batch = case("conv")
+    b = torch.randn(2, 51, dtype=torch.float64)
+    operator, exact = EKFAC(model, batch), GaussNewton(model, batch)
+    alone = solve(operator, b, "ekfac", damping=0.1)
+    assert alone.converged
+    assert alone.residual.max() < 1e-10
+    with pytest.warns(ConvergenceWarning):
+        instead = solve(exact, b, "ekfac", damping=0.1)
+    torch.testing.assert_close(instead.x, alone.x, **TIGHT)
+    assert 0.01 < instead.residual.max() < 1
+    inside = solve(exact, b, "cg", damping=0.1, tol=1e-10, preconditioner=operator)
+    torch.testing.assert_close(inside.x, solve(exact, b, "exact", damping=0.1).x, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize(

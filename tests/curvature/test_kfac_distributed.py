@@ -48,6 +48,12 @@ def work(rank, port):
                 assert shared.blocks["head.weight"] == "kronecker"
                 assert shared.samples == sum(SIZES)
                 torch.testing.assert_close(shared.dense(), expected.dense(), rtol=1e-9, atol=1e-11)
+        head = dict(params=["head", "norm"], fisher="empirical")  # a rank without data has its share of the sums
+        expected, shared = EKFAC(model, batches[:1], **head), EKFAC(model, batches[rank:1], **head, group="world")
+        torch.testing.assert_close(shared.dense(), expected.dense(), rtol=1e-9, atol=1e-11)
+        bad = [(tokens, targets + 5 * rank) for tokens, targets in own]
+        with pytest.raises((ValueError, RuntimeError), match="rank" if rank == 0 else "label|target|class"):
+            EKFAC(model, bad, group="world").diagonal()
         drawn = EKFAC(model, own, group="world").diagonal()
         first = drawn.clone()
         distributed.broadcast(first, 0)

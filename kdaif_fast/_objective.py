@@ -23,7 +23,7 @@ from ._model import (
     unpack_batch,
 )
 from ._tree import shaped, unstack, wide_dtype
-from .batched import KeptBackward
+from .batched import KeptBackward, closed_form_norms
 
 # By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
 # far below what a missing derivative does.
@@ -60,7 +60,8 @@ class Objective:
         self._loss, self._name, self._model = loss, name, model
         with torch.inference_mode(False), torch.enable_grad(), twice_differentiable(model):
             self._batch = unpack_batch(batch, name)
-            self.outputs = run_model(model, self._batch.inputs, name)
+            with closed_form_norms(model):
+                self.outputs = run_model(model, self._batch.inputs, name)
             if not self.outputs.requires_grad:
                 raise ValueError(self._independent())
             # A cut between model and loss: the loss is differentiated by itself, in outputs instead of parameters.

@@ -18,8 +18,10 @@ Far above what rounding does (TF32 included), far below what a wrong rule or a h
 """
 
 # The engine's derivative of a convolution's backward pass computes what nobody asked for, by convolutions of odd
-# shapes: there a walk is faster for a single vector too.
+# shapes, and large gradients are copied more often: there a walk is faster for a single vector too. In small graphs
+# the calls from Python cost more than that.
 _BETTER_WALKED = "ConvolutionBackwardBackward0"
+_LARGE = 8 << 20
 
 
 class KeptBackward:
@@ -76,7 +78,8 @@ class KeptBackward:
         return _fill(found, targets)
 
     def _is_better_walked(self) -> bool:
-        return self._walk is not None and _BETTER_WALKED in self._walk.kinds
+        walk = self._walk
+        return walk is not None and (_BETTER_WALKED in walk.kinds or walk.vector_bytes >= _LARGE)
 
     def _one_by_one(self, cotangents: Sequence[Tensor], targets: Sequence[Tensor]) -> list[bool]:
         for k in range(len(cotangents[0])):

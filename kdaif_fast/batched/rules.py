@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .convolutions import convolution, convolution_twice
+from .norms import norm_grad
 from .terms import Product, Term
 
 Rule = Callable[[Any, Sequence[Tensor | None], Sequence[torch.Size | None]], Sequence[Term | None]]
@@ -187,6 +188,7 @@ RULES: dict[str, Rule] = {
     "SoftmaxBackwardDataBackward0": _softmax_twice,
     "ThresholdBackwardBackward0": _threshold_twice,
     "MaxPool2DWithIndicesBackwardBackward0": _max_pool_twice,
+    "_NormGradBackward": norm_grad,
     "ConvolutionBackward0": convolution,
     "ConvolutionBackwardBackward0": convolution_twice,
 }

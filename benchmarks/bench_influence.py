@@ -4,7 +4,7 @@ Same network, data, damping and tolerance for all; the Hessian is what the naive
 "kdaif_fast" solves with too. The Gauss-Newton row is the library's default and has another answer.
 
 As a program, `python benchmarks/bench_influence.py`, it compares influence_scores with other libraries, accuracy too,
-also on a convolutional network; see influence_peers.py. `make bench-peers` installs those libraries into a folder first.
+on a convolutional network too; see influence_peers.py. `make bench-peers` installs those libraries first.
 """
 
 import functools

@@ -68,6 +68,18 @@ class Batches:
         return Batch(*tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, tuple(batch)))
 
     @property
+    def samples(self) -> int | None:
+        """How many samples there are, if that is known: of a loader, once it has been gone through."""
+        if self.is_one:
+            return size_of(unpack_batch(self._data, self.name))
+        return None if self._first is None else self._first[1]
+
+    @property
+    def batches(self) -> int | None:
+        """How many batches there are, if that is known, as `samples`."""
+        return 1 if self.is_one else None if self._first is None else self._first[0]
+
+    @property
     def count(self) -> int | None:
         """How many batches there are, if the loader says so."""
         if self.is_one:

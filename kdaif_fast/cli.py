@@ -32,6 +32,36 @@ def demo(out: Path, seeds: int, flip: float, quiet: bool) -> None:
         raise click.ClickException(str(error)) from error
 
 
+def _example() -> str:
+    """The last part of the help, in lines that click leaves as they are."""
+    from .influence.config import EXAMPLE
+
+    return "An example of the file:\n\n\b\n" + "\n".join(line or " " for line in EXAMPLE.splitlines())
+
+
+@main.command(epilog=_example())
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="A TOML file that says what to score.",
+)
+@click.option("--restart", is_flag=True, help="Start over, instead of going on with what a run before has written.")
+@click.option("--quiet", is_flag=True, help="No progress bars (there are none anyway where output is no terminal).")
+def scores(config: Path, restart: bool, quiet: bool) -> None:
+    """Write the influence of every training sample to a file, and tell the most harmful and most helpful ones.
+
+    phi > 0 means that the sample harms the validation loss. A run that was killed goes on where it was when it is
+    started again: neither the solve nor scores that are written are done twice.
+    """
+    from .influence.config import ConfigError, scores_from_config
+
+    try:
+        scores_from_config(config, resume=not restart, progress=False if quiet else None, say=click.echo)
+    except (ConfigError, ValueError, TypeError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 @main.command()
 def info() -> None:
     """Print versions, what was built, what is active, and why something is not."""

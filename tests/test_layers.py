@@ -22,16 +22,26 @@ BELOW = {
     "_data": {"_model"},
     "_distributed": set(),
     "_objective": {"_model", "_tree"},
-    "solvers": set(),
+    "solvers": {"ops", "_tree", "_warn"},
     "curvature": {"_objective", "_model", "_tree", "_data", "_distributed"},
     "per_sample": {"ops", "_model", "_tree"},
-    "influence": {"solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_warn"},
+    "influence": {
+        "solvers",
+        "curvature",
+        "per_sample",
+        "_objective",
+        "_model",
+        "_data",
+        "_distributed",
+        "_tree",
+        "_warn",
+    },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "info", "__init__"},
+    "cli": {"demo", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model"},
 }
-OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy"}
+OPTIONAL = {"sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors"}
 
 
 def room(path):

@@ -1,6 +1,7 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
 from ._row_stats import RowStats
+from .cg_update import cg_dots, cg_update
 from .linear_kd_loss import linear_kd_loss
 from .losses import (
     dkd_loss,
@@ -28,6 +29,8 @@ from .weighted_grad import weighted_grad
 
 __all__ = [
     "RowStats",
+    "cg_dots",
+    "cg_update",
     "dkd_loss",
     "js_loss",
     "kd_loss",

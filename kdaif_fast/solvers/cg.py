@@ -1,126 +1,170 @@
-"""Conjugate gradients."""
+"""Conjugate gradients, for K right-hand sides at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.cg_update import CG_DOTS, CG_UPDATE
+from .cg_columns import DIVERGED, Columns
+from .looks import FEW_LEFT, looks_every
 from .solution import Solution
+from .system import System, check_count, relative
 
-# A GPU is asked for the residual only now and then, since each look waits for it.
-LOOKS_EVERY = {"cpu": 1}
-LOOKS_EVERY_ELSEWHERE = 10
-
-# Residuals of conjugate gradients go up and down, but not by this much unless rounding has taken over.
-DIVERGED = 1e4
+WENT_WRONG = ("negative curvature", "singular", "diverged", "indefinite preconditioner")
 
 
 def cg(
-    matvec: Callable[[Tensor], Tensor],
+    operator: Any,
     b: Tensor,
     *,
     damping: float = 0.0,
     tol: float | None = 1e-3,
-    max_iter: int = 200,
+    max_iter: int = 500,
+    preconditioner: Any = None,
+    stop: Callable[[Tensor], bool] | None = None,
+    stop_every: int = 5,
 ) -> Solution:
     """Solve (C + damping I) x = b for a symmetric positive definite C + damping I.
 
+    Every right-hand side takes its own steps; one product an iteration serves those that are not done.
+
     Args:
-        matvec: the product with C, [P] -> [P].
-        b: right-hand side [P].
+        operator: C: an object with `.matmat`, or a function [K, P] -> [K, P].
+        b: right-hand sides [P] or [K, P], float32 or float64.
         damping: what is added to every eigenvalue of C, >= 0.
-        tol: stop when the residual is below tol * |b|; None runs all of max_iter (no look at the values, no wait).
+        tol: a right-hand side is done when its residual is below tol * |b|; None runs all of max_iter (no look at the
+            values, no wait).
         max_iter: the most products to spend.
+        preconditioner: M^-1 for a symmetric positive definite M near C + damping I: a function [K, P] -> [K, P], or an
+            object with `.solve(b, damping)`.
+        stop: the caller's own test of the iterates [K, P]; True ends the solve, which then counts as converged.
+        stop_every: iterations between calls of it.
 
     Returns:
-        The solution, with its residual. A direction along which C + damping I is not positive ends the solve, with the
-        reason "negative curvature" (or "singular", if it is zero to rounding), and so does a residual that grows
-        without end ("diverged", as rounding makes it for matrices that are nearly singular). Then x is the iterate of
-        least residual; the right-hand side itself, if the very first direction was of that kind.
+        The solution, with the residual that the recurrence has. A direction along which C + damping I is not positive
+        ends a right-hand side with the reason "negative curvature" (or "singular", if it is zero to rounding), and so
+        does a residual that grows without end ("diverged", as rounding makes it for matrices that are nearly singular).
+        Then x is the iterate of least residual; the first direction itself (b, or M^-1 b), if that was already of this
+        kind. details: "iterations" of each right-hand side; "lowest_curvature" and "highest_curvature", the extreme
+        p . (C + damping I) p / p . p met.
 
     Raises:
-        TypeError, ValueError: b is no vector, or a number is no number or out of its range.
+        TypeError, ValueError: b is no vectors, or a number is no number or out of its range.
 
-    Memory: 5 vectors [P] and what matvec needs.
+    Memory: 6 tensors like b, one more with a preconditioner, and what the operator needs.
 
     Source: Hestenes and Stiefel 1952; stopping at negative curvature as in Steihaug 1983.
 
     Example:
         >>> import torch
         >>> C = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-        >>> solution = cg(lambda v: C @ v, torch.tensor([2.0, 4.0]), tol=1e-6)
+        >>> solution = cg(lambda V: V @ C, torch.tensor([2.0, 4.0]), tol=1e-6)
         >>> [round(value, 4) for value in solution.x.tolist()], solution.converged
         ([1.0, 1.0], True)
     """
-    if b.dim() != 1:
-        raise ValueError(f"cg: b has shape {tuple(b.shape)}, expected a vector [P]")
-    check_limits("cg", damping, tol, max_iter)
-    if tol is not None and not b.any():
-        return Solution(torch.zeros_like(b), 0.0, 0, True, damping, "tolerance")
-    tiny, epsilon = torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).eps
-    unit = b.abs().max().clamp(min=tiny)  # so that squares neither under- nor overflow
-    x, r = torch.zeros_like(b), b / unit
-    p, rr = r.clone(), r @ r
-    bb = rr.clone()
-    best, best_rr = x.clone(), bb.clone()
-    lowest, highest = torch.full_like(rr, math.inf), torch.zeros_like(rr)  # of p . A p / p . p so far
-    stopped, diverged = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.bool)
-    looks_every = LOOKS_EVERY.get(b.device.type, LOOKS_EVERY_ELSEWHERE)
-    iterations, reason = 0, "max_iter"
-    while iterations < max_iter:
-        Ap = matvec(p)
-        if damping:
-            Ap = Ap.add(p, alpha=damping)
-        pAp, active = p @ Ap, rr > epsilon**2 * bb  # below that r is rounding, and p says nothing of the matrix
-        quotient = torch.where(active, pAp / (p @ p).clamp(min=tiny), math.inf)
-        lowest, highest = (
-            torch.minimum(lowest, quotient),
-            torch.where(active, torch.maximum(highest, quotient), highest),
-        )
-        # From here on every step is 0, so no look at the values is needed for stopping.
-        stopped |= ~(quotient > 0)
-        if iterations == 0:
-            best = torch.where(stopped, r, best)
-        step = torch.where(stopped | ~active, 0, rr / torch.where(active, pAp, 1))
-        x.addcmul_(p, step)
-        r.addcmul_(Ap, step, value=-1)
-        rr, previous = r @ r, rr
-        better = rr < best_rr
-        best, best_rr = torch.where(better, x, best), torch.where(better, rr, best_rr)
-        diverged |= ~(rr <= DIVERGED**2 * bb)
-        stopped |= diverged
-        p.mul_(torch.where(active, rr / previous.clamp(min=tiny), 0)).add_(r)
+    system = System("cg", operator, b, damping, tol, max_iter)
+    check_count("cg", "stop_every", stop_every)
+    precondition = _preconditioner(preconditioner, system.damping)
+    columns = Columns.start(system.rows, precondition, tol)
+    look = looks_every(b.device)
+    done: list[Columns] = []
+    iterations, is_stopped = 0, False
+    products = max_iter if tol is None or bool(system.squares.any()) else 0
+    while iterations < products:
+        _iterate(system, columns, precondition, iterations == 0)
         iterations += 1
-        if tol is not None and (iterations % looks_every == 0 or iterations == max_iter):
-            if bool(stopped):
-                break
-            if float(rr) <= tol**2 * float(bb):
-                reason = "tolerance"
-                break
-    if bool(stopped):
-        zero = 100 * epsilon * float(highest)
-        reason = "negative curvature" if float(lowest) < -zero else "diverged" if bool(diverged) else "singular"
-    if bool(stopped) or float(rr) > float(bb):
-        x, rr = best, best_rr
-    residual = math.sqrt(float(rr) / float(bb)) if float(bb) else 0.0
-    return Solution(x * unit, residual, iterations, reason == "tolerance", damping, reason)
+        if stop is not None and iterations % stop_every == 0 and stop(columns.joined(done).x * system.units):
+            is_stopped = True
+            break
+        if tol is None or iterations % look:
+            continue
+        running = columns.running_count()
+        if running == 0:
+            break
+        if running <= FEW_LEFT * len(columns.x):
+            is_running = columns.is_running()
+            done.append(columns.at(~is_running))
+            columns = columns.at(is_running)
+    return _finish(system, columns.joined(done), iterations, is_stopped)
 
 
-def check_limits(name: str, damping: float, tol: float | None, max_iter: int) -> None:
-    """Raise unless these are what they should be; `name` is the caller's."""
-    if isinstance(damping, bool) or not isinstance(damping, Real):
-        raise TypeError(f"{name}: damping is {damping!r}, expected a number >= 0")
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"{name}: damping is {damping!r}, expected a finite number >= 0")
-    if tol is not None and not isinstance(tol, Real):
-        raise TypeError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
-    if tol is not None and not 0 < tol < 1:
-        raise ValueError(f"{name}: tol is {tol!r}, expected a number between 0 and 1, or None")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, Integral):
-        raise TypeError(f"{name}: max_iter is {max_iter!r}, expected an int >= 1")
-    if max_iter < 1:
-        raise ValueError(f"{name}: max_iter is {max_iter!r}, expected at least 1")
+def _iterate(system: System, columns: Columns, precondition: Callable[[Tensor], Tensor] | None, is_first: bool) -> None:
+    Ap = system.matmat(columns.p)
+    if is_first:
+        columns.rate_first_direction(Ap, system.damping)
+    steps = columns.steps(CG_DOTS(columns.p, Ap), system.damping)
+    rr = CG_UPDATE(columns.x, columns.r, columns.p, Ap, steps, system.damping, columns.best, columns.keep())
+    if precondition is None:
+        torch.addcmul(columns.r, columns.p, columns.conjugate(rr), out=columns.p)
+    else:
+        z = precondition(columns.r)
+        torch.addcmul(z, columns.p, columns.conjugate(rr, CG_DOTS(columns.r, z)[0]), out=columns.p)
+
+
+def _preconditioner(preconditioner: Any, damping: float) -> Callable[[Tensor], Tensor] | None:
+    if preconditioner is None:
+        return None
+    if hasattr(preconditioner, "solve"):
+        function: Callable[[Tensor], Tensor] = lambda rows: preconditioner.solve(rows, damping)  # noqa: E731
+    elif callable(preconditioner):
+        function = preconditioner
+    else:
+        kind = type(preconditioner).__name__
+        raise TypeError(
+            f"cg: preconditioner is a {kind}, expected a function [K, P] -> [K, P] or an object with .solve"
+        )
+
+    def checked(rows: Tensor) -> Tensor:
+        result = function(rows)
+        if not isinstance(result, Tensor) or result.shape != rows.shape:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"cg: preconditioner made {got} of vectors {tuple(rows.shape)}, expected the same shape")
+        return result.detach().to(rows.dtype)
+
+    return checked
+
+
+def _finish(system: System, columns: Columns, iterations: int, is_stopped: bool) -> Solution:
+    names = ("rr", "best_rr", "first_rr", "lowest", "highest", "last", "iterations", "running", "better", "indefinite")
+    state = [dict(zip(names, values, strict=True)) for values in zip(*(columns.numbers(n) for n in names), strict=True)]
+    squares, epsilon = system.squares.tolist(), torch.finfo(columns.x.dtype).eps
+    reasons = [
+        _reason(column, square, system.tol, epsilon, is_stopped) for column, square in zip(state, squares, strict=True)
+    ]
+    for k, (column, reason) in enumerate(zip(state, reasons, strict=True)):
+        if reason in ("negative curvature", "singular") and column["iterations"] == 1:
+            columns.x[k], column["rr"] = columns.p[k], column["first_rr"]
+        elif reason in WENT_WRONG or not column["rr"] <= squares[k]:
+            if not column["better"]:
+                columns.x[k] = columns.best[k]
+            column["rr"] = column["best_rr"]
+    residuals = relative(torch.tensor([column["rr"] for column in state], dtype=torch.float64), system.squares)
+    extremes = {
+        f"{name}_curvature": system.per_column(torch.tensor([column[name] for column in state], dtype=torch.float64))
+        for name in ("lowest", "highest")
+    }
+    counts = system.per_column(torch.tensor([column["iterations"] for column in state]))
+    return system.solution(columns.x, residuals, iterations, reasons, {"iterations": counts, **extremes})
+
+
+def _reason(column: dict[str, Any], square: float, tol: float | None, epsilon: float, is_stopped: bool) -> str:
+    """Why a column is where it is."""
+    rr, quotient = column["rr"], column["last"]
+    if tol is not None and rr <= tol**2 * square:
+        return "tolerance"
+    if column["running"]:
+        return "stopped" if is_stopped else "max_iter"
+    if column["indefinite"]:
+        return "indefinite preconditioner"
+    if quotient <= 0:
+        zero = 100 * epsilon * max(column["highest"], 0)
+        return "negative curvature" if column["lowest"] < -zero else "singular"
+    if not rr <= DIVERGED**2 * square or math.isnan(quotient):
+        return "diverged"
+    # Nothing is left but rounding.
+    return "max_iter" if tol is None else "rounding"

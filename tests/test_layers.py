@@ -21,9 +21,10 @@ BELOW = {
     "_model": {"ops"},
     "_data": {"_model"},
     "_distributed": set(),
-    "_objective": {"_model", "_tree"},
+    "batched": set(),
+    "_objective": {"_model", "_tree", "batched"},
     "solvers": {"ops", "_tree", "_warn"},
-    "curvature": {"_objective", "_model", "_tree", "_data", "_distributed"},
+    "curvature": {"_objective", "_model", "_tree", "_data", "_distributed", "batched"},
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         "solvers",

@@ -13,6 +13,7 @@ from .._data import Batches
 from .._distributed import Group, add_over_ranks
 from .._model import Loss, Params, plain_model, select_parameters
 from .._objective import Objective
+from ..batched import KeptBackward
 from .operator import CurvatureOperator
 
 VECTORS_AT_ONCE = 1 << 30
@@ -99,12 +100,25 @@ class StreamedCurvature(CurvatureOperator):
 
     def _products(self, vectors: Tensor) -> Tensor:
         vectors = vectors.to(self.dtype)
-        total = torch.zeros_like(vectors)
+        if not len(vectors):
+            return vectors
+        total = None
         for index, objective in enumerate(self.objectives()):
-            for rows, sums in zip(*(x.split(self._at_once(objective)) for x in (vectors, total)), strict=True):
-                sums += self._batch_products(objective, rows, index)
-        return add_over_ranks(total, self._group) / self.samples
+            products = self._batch_in_chunks(objective, vectors, index)
+            total = products if total is None else total.add_(products)
+        assert total is not None
+        return add_over_ranks(total, self._group).div_(self.samples)
 
-    def _at_once(self, objective: Objective) -> int:
-        """How many vectors are multiplied together: each needs about what the batch's activations take."""
-        return max(1, self._memory // max(1, objective.vector_bytes))
+    def _batch_in_chunks(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        chunks = vectors.split(objective.most_vectors(self._memory, self._walks(objective)))
+        if len(chunks) == 1:
+            return self._batch_products(objective, vectors, index)
+        products, done = torch.empty_like(vectors), 0
+        for chunk in chunks:
+            products[done : done + len(chunk)] = self._batch_products(objective, chunk, index)
+            done += len(chunk)
+        return products
+
+    def _walks(self, objective: Objective) -> list[KeptBackward]:
+        """The walks through a batch's graphs that a product takes."""
+        return [walk for walk in (objective.pushing, objective.pulling) if walk is not None]

@@ -12,6 +12,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Without dependencies: the torchvision that it asks for, and does not import, would replace torch.
 BACKPACK ?= backpack-for-pytorch==1.7.1
+# It asks for BackPACK, and so for torchvision again.
+CURVLINOPS ?= curvlinops-for-pytorch==3.0.1
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMakeLists.txt pyproject.toml
 
@@ -21,8 +23,9 @@ SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMak
 demo: $(VENV)/.installed-demo
 	$(BIN)/kdaif-fast demo --out runs/demo
 
+# One process a core, each with its own share of the tests; threads that wait for work leave the core to others.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
@@ -58,5 +61,5 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
 	@echo "==> kdaif_fast with its kernels, for $*"
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
-	$(if $(filter test bench,$*),$(BIN)/python -m pip install --no-deps "$(BACKPACK)")
+	$(if $(filter test bench,$*),$(BIN)/python -m pip install --no-deps "$(BACKPACK)" "$(CURVLINOPS)")
 	touch $@

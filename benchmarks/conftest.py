@@ -42,7 +42,7 @@ def measure_in(benchmark, threads):
     """Times one row in turns with a reference: `measure_in(unit, reference, group, name, function)`.
 
     The ratio is the median over rounds of a row's time and that of the reference just before it, so what else the
-    machine does falls on both. One thread is timed by its own CPU clock, two by the wall's.
+    machine does falls on both. One thread is timed by its own CPU clock, two by the wall's. Returns the ratio.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
 
@@ -70,6 +70,7 @@ def measure_in(benchmark, threads):
         benchmark.extra_info.update(
             name=name, threads=threads, torch=torch.__version__, unit=unit, ratio=ratio, **peak_mib
         )
+        return ratio
 
     return run
 

@@ -3,8 +3,18 @@
 from . import curvature, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
+from ._sharded import gathered
 from .curvature import hvp
-from .influence import influence_scores, influence_weights, sigmoid_weights
+from .influence import (
+    ProjectedGradients,
+    datainf_scores,
+    influence_scores,
+    influence_weights,
+    projected_scores,
+    self_influence,
+    sigmoid_weights,
+    tracin_scores,
+)
 from .per_sample import (
     pairwise_grad_dots,
     per_sample_grad_dots,
@@ -18,9 +28,12 @@ __all__ = [
     "ConvergenceWarning",
     "DistillationLoss",
     "MissingKernelsWarning",
+    "ProjectedGradients",
     "backend",
     "backends",
     "curvature",
+    "datainf_scores",
+    "gathered",
     "hvp",
     "influence_scores",
     "influence_weights",
@@ -30,8 +43,11 @@ __all__ = [
     "per_sample_grad_dots",
     "per_sample_grad_norms",
     "per_sample_grads",
+    "projected_scores",
+    "self_influence",
     "sigmoid_weights",
     "solvers",
+    "tracin_scores",
     "weighted_step",
 ]
 __version__ = "0.1.0"

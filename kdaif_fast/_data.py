@@ -21,14 +21,16 @@ class Batches:
             batches.
         name: what the caller calls the data.
         device: where a loader's tensors are moved to; None leaves them where they are. One batch is never moved.
+        may_be_empty: whether a loader without a batch is one, as the share of one of many processes can be.
 
     Raises:
         TypeError: an iterator, which can be gone through only once.
-        ValueError (while iterating): no batch at all; a pass with other numbers of batches or samples than the first.
+        ValueError (while iterating): no batch at all, unless there may be none; a pass with other numbers of batches or
+            samples than the first.
     """
 
-    def __init__(self, data: Any, name: str, device: torch.device | None = None) -> None:
-        self.name, self.device = name, device
+    def __init__(self, data: Any, name: str, device: torch.device | None = None, *, may_be_empty: bool = False) -> None:
+        self.name, self.device, self._may_be_empty = name, device, may_be_empty
         self.is_one = _is_batch(data)
         if not self.is_one and not isinstance(data, Iterable):
             unpack_batch(data, name)  # which says what a batch is
@@ -51,7 +53,7 @@ class Batches:
             unpacked = unpack_batch(batch, label)
             batches, samples = batches + 1, samples + size_of(unpacked)
             yield label, self._moved(unpacked)
-        if not batches:
+        if not batches and not self._may_be_empty:
             raise ValueError(f"{self.name} is empty: it gave no batch")
         if self._first is None:
             self._first = batches, samples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,19 +21,39 @@ def add_over_ranks(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """What every rank of the group has, in the order of the ranks."""
+def gather_over_ranks(value: Any, group: Group) -> list[Any]:
+    """What every rank of the group has, any object that can be pickled; [value] without a group."""
     if group is None:
         return [value]
-    inner = _process_group(group)
-    values: list[Any] = [None] * dist.get_world_size(inner)
-    dist.all_gather_object(values, value, group=inner)
-    return values
+    process_group = _process_group(group)
+    found: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, value, group=process_group)
+    return found
 
 
 def rank_in(group: Group) -> int:
     """The number of this process in the group; 0 without one."""
     return 0 if group is None else dist.get_rank(_process_group(group))
+
+
+@contextlib.contextmanager
+def together(group: Group, device: torch.device) -> Iterator[None]:
+    """Within it every rank does work of its own, without talking; what raises on one of them raises on all.
+
+    Else the others would wait for its part of the next sum until the group's timeout, half an hour by default. A rank
+    that is killed cannot say so: torchrun stops the others then, and without torchrun the timeout does.
+
+    Costs a sum of one number, and a wait for it.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if group is not None:
+            failures = add_over_ranks(torch.tensor(float(failed), device=device), group)
+            if failures and not failed:
+                raise RuntimeError(f"{int(failures)} other rank(s) of the group failed, and say there for what reason")
 
 
 def agree(flag: bool, group: Group, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._sharded import is_sharded
 from .ops import kd_loss
 
 Loss = Callable[..., Tensor]
@@ -94,6 +95,11 @@ def plain_model(model: Any) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if is_sharded(model):
+        raise TypeError(
+            "model is spread over processes by fully_shard (FSDP2), which frees its parameters between passes. Give "
+            "kdaif_fast.gathered(model), a copy with whole parameters on every rank"
+        )
     return model
 
 
@@ -198,9 +204,9 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
 
     Buffers are left as they are: layers that update theirs in training mode update copies.
     """
-    states = _random_states(model)
+    states = random_states(model)
     outputs = _tensor_of(call_model(model, inputs, name))
-    if any(not torch.equal(a, b) for a, b in zip(states, _random_states(model), strict=True)):
+    if any(not torch.equal(a, b) for a, b in zip(states, random_states(model), strict=True)):
         # Somebody drew random numbers: another thread, a model that does not use them, or one that does.
         with torch.no_grad():
             again = _tensor_of(call_model(model, inputs, name))
@@ -211,7 +217,8 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
     return outputs
 
 
-def _random_states(model: nn.Module) -> list[Tensor]:
+def random_states(model: nn.Module) -> list[Tensor]:
+    """Of the generators that the model may draw from."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,7 +22,8 @@ from ._model import (
     twice_differentiable,
     unpack_batch,
 )
-from ._tree import stack, unstack, wide_dtype
+from ._tree import shaped, unstack, wide_dtype
+from .batched import KeptBackward, closed_form_norms
 
 # By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
 # far below what a missing derivative does.
@@ -29,6 +31,9 @@ ADJOINT_TOLERANCE = 0.05
 
 # Models whose derivatives have been checked, with the parameters and the mode they were checked in.
 _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+# What is known about walking the graphs of a model with several vectors at once.
+_walkable: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 class Objective:
@@ -55,7 +60,8 @@ class Objective:
         self._loss, self._name, self._model = loss, name, model
         with torch.inference_mode(False), torch.enable_grad(), twice_differentiable(model):
             self._batch = unpack_batch(batch, name)
-            self.outputs = run_model(model, self._batch.inputs, name)
+            with closed_form_norms(model):
+                self.outputs = run_model(model, self._batch.inputs, name)
             if not self.outputs.requires_grad:
                 raise ValueError(self._independent())
             # A cut between model and loss: the loss is differentiated by itself, in outputs instead of parameters.
@@ -75,11 +81,18 @@ class Objective:
         """N, the number of samples."""
         return self.losses.shape[0]
 
-    @property
-    def vector_bytes(self) -> int:
-        """About what a product needs for each vector: two of them, and a few tensors like the outputs."""
+    def most_vectors(self, memory: int, walks: Sequence[KeptBackward]) -> int:
+        """How many vectors products can be computed with in that many bytes, at least 1.
+
+        Each needs its product, its tangents in the outputs before and after the loss's Hessian, and what is inside the
+        graph while it is walked; of the last there is only as much as vectors are under way together.
+        """
         size = sum(tensor.numel() * wide_dtype(tensor.dtype).itemsize for tensor in self._tensors)
-        return 2 * size + 4 * self.outputs.numel() * self.outputs.element_size()
+        kept = size + 3 * self.outputs.numel() * self.outputs.element_size()
+        together = max((walk.at_once for walk in walks), default=1)
+        inside = max((walk.vector_bytes for walk in walks), default=0)
+        few = memory // (kept + inside)
+        return max(1, few if few < together else (memory - together * inside) // kept)
 
     @property
     def output_grads(self) -> Tensor:
@@ -100,10 +113,10 @@ class Objective:
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """J^T U: K directions in the outputs, [K, N, ...], taken back to the parameters, [K, P]."""
-        pieces = backward(self.outputs, self._tensors, cotangents)
-        if all(piece is None for piece in pieces):
+        products, found = self._products(self.pulling, [cotangents])
+        if not any(found):
             raise ValueError(self._independent())
-        return self._stack(pieces, len(cotangents))
+        return products
 
     def push(self, directions: Tensor) -> Tensor:
         """J V: how the outputs change along K directions in the parameters, [K, P] -> [K, N, ...].
@@ -112,21 +125,44 @@ class Objective:
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
         pass, in Python.
         """
-        dummy, (pulled, used) = self._transposed
-        if not used:
+        pushing, used = self.pushing, self._transposed[1][1]
+        if pushing is None:
             raise ValueError(self._independent())
         pieces = unstack(directions, self._tensors)
-        (tangents,) = backward(pulled, [dummy], [pieces[i] for i in used])
-        assert tangents is not None
+        tangents = self.outputs.new_empty(len(directions), *self.outputs.shape)
+        pushing([pieces[i] for i in used], [tangents])
         return tangents
 
-    def _stack(self, pieces: Sequence[Tensor | None], count: int) -> Tensor:
-        return stack(
-            [
-                p.new_zeros(()).expand(count, *p.shape) if g is None else g
-                for g, p in zip(pieces, self._tensors, strict=True)
-            ]
-        )
+    def _products(self, walk: KeptBackward, cotangents: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
+        """The gradients of a walk in one matrix [K, P], and which parameters they depend on."""
+        K, dtypes = len(cotangents[0]), [wide_dtype(tensor.dtype) for tensor in self._tensors]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        products = self._tensors[0].new_empty(K, sum(tensor.numel() for tensor in self._tensors), dtype=dtype)
+        return products, walk(cotangents, shaped(products, self._tensors))
+
+    def _kept(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> KeptBackward:
+        return KeptBackward(outputs, inputs, _walkable.setdefault(self._model, {}))
+
+    @cached_property
+    def pulling(self) -> KeptBackward:
+        """The walk of J^T U."""
+        return self._kept([self.outputs], self._tensors)
+
+    @cached_property
+    def pushing(self) -> KeptBackward | None:
+        """The walk of J V; None where the outputs depend on no parameter."""
+        dummy, (pulled, used) = self._transposed
+        return self._kept(pulled, [dummy]) if used else None
+
+    @cached_property
+    def differentiating(self) -> KeptBackward | None:
+        """The walk of the Hessian's products; None where the gradient is constant."""
+        grads, used = self._parameter_grads
+        return self._kept(grads, self._tensors) if used else None
+
+    @cached_property
+    def _curving(self) -> KeptBackward:
+        return self._kept([self._output_grads], [self._cut])
 
     def _require_linear_loss(self) -> None:
         """Raise RuntimeError if the loss's gradient has no derivative although it changes with the outputs.
@@ -179,16 +215,16 @@ class Objective:
         """Every sample's Hessian of the loss in the outputs, times its K tangents: [K, N, ...] -> [K, N, ...]."""
         if not self._output_grads.requires_grad:  # a loss that is linear in the outputs
             return torch.zeros_like(tangents)
-        (products,) = backward(self._output_grads, [self._cut], tangents)
-        return torch.zeros_like(tangents) if products is None else products
+        products = torch.empty_like(tangents)
+        self._curving([tangents], [products])
+        return products
 
     def full_hessian(self, directions: Tensor) -> Tensor:
         """Hessian of the summed loss in the parameters, times K directions: [K, P] -> [K, P]."""
-        grads, used = self._parameter_grads
-        pieces = unstack(directions, self._tensors)
-        if not used:  # the gradient is constant
+        if self.differentiating is None:
             return torch.zeros_like(directions)
-        return self._stack(backward(grads, self._tensors, [pieces[i] for i in used]), len(directions))
+        pieces, used = unstack(directions, self._tensors), self._parameter_grads[1]
+        return self._products(self.differentiating, [pieces[i] for i in used])[0]
 
     @cached_property
     def _parameter_grads(self) -> tuple[list[Tensor], list[int]]:
@@ -205,22 +241,6 @@ class Objective:
         dtype = wide_dtype(tangents.dtype)
         left = grads.reshape(self.samples, -1).to(dtype)
         return torch.einsum("no,kno->nk", left, tangents.reshape(len(tangents), self.samples, -1).to(dtype))
-
-
-def backward(
-    outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Tensor | Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """K backward passes through a graph that is kept: cotangents with a leading K, gradients with a leading K."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    cotangents = [cotangents] if isinstance(cotangents, Tensor) else cotangents
-    K = len(cotangents[0])
-    rows = [
-        torch.autograd.grad(outputs, inputs, [c[k] for c in cotangents], retain_graph=True, allow_unused=True)
-        for k in range(K)
-    ]
-    if K == 1:
-        return [None if g is None else g[None] for g in rows[0]]
-    return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
 
 
 def _differentiable(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:

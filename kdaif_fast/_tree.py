@@ -32,10 +32,13 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def unstack(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The pieces of vectors [K, P], shaped and typed like the given tensors with a leading K (views where possible)."""
+    return [piece.to(tensor.dtype) for piece, tensor in zip(shaped(vectors, like), like, strict=True)]
+
+
+def shaped(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces of vectors [K, P], shaped like the given tensors with a leading K: views where possible."""
     pieces = vectors.split([tensor.numel() for tensor in like], 1)
-    return [
-        piece.reshape(len(vectors), *tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like, strict=True)
-    ]
+    return [piece.reshape(len(vectors), *tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def as_vectors(

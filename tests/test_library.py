@@ -57,6 +57,7 @@ def test_every_instruction_set_gives_the_same(level):
 @pytest.mark.parametrize(
     "name",
     [
+        "cg_update",
         "row_divergence_kernel",
         "row_stats_kernel",
         "persample_conv_kernel",

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .._objective import Objective
+from ..batched import KeptBackward
 from .streamed import StreamedCurvature
 
 
@@ -24,3 +25,6 @@ class Hessian(StreamedCurvature):
 
     def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
         return objective.full_hessian(vectors)
+
+    def _walks(self, objective: Objective) -> list[KeptBackward]:
+        return [] if objective.differentiating is None else [objective.differentiating]

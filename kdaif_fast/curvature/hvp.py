@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._model import Loss, Params
+from .ekfac import EKFAC
 from .empirical_fisher import EmpiricalFisher
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 from .identity import Identity
+from .kfac import KFAC
 from .monte_carlo_fisher import MonteCarloFisher
 from .operator import CurvatureOperator, Direction
 
@@ -20,6 +22,8 @@ CURVATURES: dict[str, Callable[..., CurvatureOperator]] = {
     "hessian": Hessian,
     "empirical_fisher": EmpiricalFisher,
     "monte_carlo_fisher": MonteCarloFisher,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
     "identity": Identity,
 }
 """The operators by the names that calls take."""

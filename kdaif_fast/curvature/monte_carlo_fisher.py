@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._distributed import Group
+from .._distributed import Group, rank_in
 from .._model import Loss, Params
 from .._objective import Objective
+from .._tree import wide_dtype
 from .empirical_fisher import scaled
 from .streamed import StreamedCurvature
 
@@ -18,7 +19,8 @@ class MonteCarloFisher(StreamedCurvature):
     """(1/N) sum_i E_y [g_i(y) g_i(y)^T], y drawn from what the model predicts for sample i.
 
     In expectation it is the Gauss-Newton matrix of cross-entropy ("categorical") or of half the squared error
-    ("gaussian"). Targets are drawn once: the same draws at every product, so that it is one matrix.
+    ("gaussian"). The same targets are drawn at every product, so that it is one matrix; it depends on the device, and
+    on how a loader or a group of processes cuts the samples into batches, and on their order.
 
     Args:
         draws: targets drawn for each sample.
@@ -64,8 +66,9 @@ class MonteCarloFisher(StreamedCurvature):
 
     def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
         outputs = objective.outputs.detach()
-        # The state of a generator on the CPU is the same on every machine.
-        generator = torch.Generator().manual_seed(self._seed + 1_000_003 * index)
+        generator = torch.Generator(outputs.device).manual_seed(
+            self._seed + 1_000_003 * index + 998_244_353 * rank_in(self._group)
+        )
         tangents = objective.push(vectors)
         total = torch.zeros_like(tangents)
         for _ in range(self._draws):
@@ -76,10 +79,9 @@ class MonteCarloFisher(StreamedCurvature):
     def _drawn_grads(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of -log p(y) at the outputs, y ~ p."""
         if self._likelihood == "gaussian":
-            return torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype).to(outputs.device)
-        probabilities = outputs.softmax(-1)
-        drawn = torch.multinomial(probabilities.reshape(-1, outputs.shape[-1]).cpu().double(), 1, generator=generator)
-        one_hot = torch.zeros_like(probabilities).scatter_(
-            -1, drawn.to(outputs.device).reshape(*outputs.shape[:-1], 1), 1
-        )
-        return probabilities - one_hot
+            return torch.empty_like(outputs).normal_(generator=generator)
+        probabilities = outputs.to(wide_dtype(outputs.dtype)).softmax(-1)
+        # The first of independent clocks to ring is c with the probability of c's rate: no draw waits for a GPU.
+        clocks = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+        one_hot = torch.zeros_like(probabilities).scatter_(-1, clocks.argmin(-1, keepdim=True), 1)
+        return (probabilities - one_hot).to(outputs.dtype)

@@ -108,7 +108,8 @@ class CurvatureOperator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def products(columns: Any) -> Any:
-            matrix = torch.as_tensor(columns).reshape(self.size, -1)
+            writable = columns if columns.flags.writeable else columns.copy()  # torch warns of others
+            matrix = torch.as_tensor(writable).reshape(self.size, -1)
             rows = matrix.T.to(device=self.device, dtype=self.dtype)
             result = (self._products(rows) + damping * rows).double().cpu().numpy()
             return result.T.reshape(columns.shape)  # SciPy asks with [P], [P, 1] and [P, K]

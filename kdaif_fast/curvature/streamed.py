@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .._data import Batches
-from .._distributed import Group, add_over_ranks
+from .._distributed import Group, add_over_ranks, together
 from .._model import Loss, Params, plain_model, select_parameters
 from .._objective import Objective
+from ..batched import KeptBackward
+from .ekfac import EKFAC
 from .operator import CurvatureOperator
 
 VECTORS_AT_ONCE = 1 << 30
@@ -32,8 +34,9 @@ class StreamedCurvature(CurvatureOperator):
             data set fit into memory. One batch's is always kept.
         memory: bytes that products with many vectors may use beyond the linearisation; default 1 GiB. More vectors
             than that allows are multiplied in several chunks.
-        group: a process group, or "world": every rank has its own share of the samples, of any size, and all get the
-            product over all of them. All ranks have to call together.
+        group: a process group, or "world": every rank has its own share of the samples, of any size (a loader without
+            a batch is one too), and all get the product over all of them. All ranks have to call together. What is
+            raised while one of them goes through its share, all raise.
 
     Memory: the graph of one forward and one backward pass over a batch, kept as long as the operator for one batch.
     """
@@ -55,20 +58,27 @@ class StreamedCurvature(CurvatureOperator):
             raise ValueError(f"memory is {memory}, expected a positive number of bytes")
         self.parameters = select_parameters(plain_model(model), params)
         self._model, self._loss, self._group = model, loss, group
-        self._batches = data if isinstance(data, Batches) else Batches(data, "data", self.device)
+        self._batches = data if isinstance(data, Batches) else self._read(data)
         self._keep = keep_graphs or self._batches.is_one
         self._memory = memory or VECTORS_AT_ONCE
         self._kept: list[Objective] = []
+        self._own: int | None = None  # samples of this rank, and of all
         self._samples: int | None = None
-        if self._batches.is_one:
-            next(self.objectives())  # what is wrong with the batch shall be said here
+        with together(group, self.device):
+            if self._batches.is_one:  # what is wrong with it shall be said here
+                self._go_through()
+        # Ranks have data of different kinds, but have to agree on when they talk.
+        self._all_keep = not add_over_ranks(torch.tensor(float(not self._keep), device=self.device), group)
+
+    def _read(self, data: Any) -> Batches:
+        return Batches(data, "data", self.device, may_be_empty=self._group is not None)
 
     @abstractmethod
     def _batch_products(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
         """The sum over a batch's samples of their matrices, times every row of [K, P]; index: the batch's number."""
 
     def objectives(self) -> Iterator[Objective]:
-        """The loss on every batch, linearised."""
+        """The loss on every batch of this rank, linearised."""
         if self._kept:
             yield from self._kept
             return
@@ -76,7 +86,7 @@ class StreamedCurvature(CurvatureOperator):
         samples = 0
         for label, batch in self._batches:
             objective = Objective(self._model, batch, self._loss, chosen, label)
-            if self._samples is None:
+            if self._own is None:
                 objective.require_finite()
                 if not samples:
                     objective.require_second_derivatives()
@@ -84,27 +94,61 @@ class StreamedCurvature(CurvatureOperator):
             if self._keep:
                 made.append(objective)
             yield objective
-        self._kept = made
-        if self._samples is None:
-            self._samples = int(add_over_ranks(torch.tensor(float(samples), device=self.device), self._group))
+        self._kept, self._own = made, samples
 
     @property
     def samples(self) -> int:
         """N, the number of samples in all batches of all ranks."""
         if self._samples is None:
-            for _ in self.objectives():
-                pass
-        assert self._samples is not None
+            with together(self._group, self.device):
+                self._go_through()
+        return self._count()
+
+    def _go_through(self) -> None:
+        for _ in self.objectives():
+            pass
+
+    def _count(self) -> int:
+        """N, once every rank has gone through its data."""
+        if self._samples is None:
+            total = add_over_ranks(torch.tensor(self._own, device=self.device), self._group)
+            if not total:
+                raise ValueError(f"{self._batches.name} is empty on every rank")
+            self._samples = int(total)
         return self._samples
+
+    def ekfac(self, **options: Any) -> EKFAC:
+        """EK-FAC of the same loss on the same data: an approximate inverse by `.solve`, or a preconditioner for cg.
+
+        Args:
+            options: those of `EKFAC`, such as fisher; the model, the loss, the parameters and the group are this one's.
+        """
+        chosen = list(self.parameters.values())
+        return EKFAC(self._model, self._batches, loss=self._loss, params=chosen, group=self._group, **options)
 
     def _products(self, vectors: Tensor) -> Tensor:
         vectors = vectors.to(self.dtype)
-        total = torch.zeros_like(vectors)
-        for index, objective in enumerate(self.objectives()):
-            for rows, sums in zip(*(x.split(self._at_once(objective)) for x in (vectors, total)), strict=True):
-                sums += self._batch_products(objective, rows, index)
-        return add_over_ranks(total, self._group) / self.samples
+        if not len(vectors):
+            return vectors
+        total = None
+        # Linearisations that are kept have been made without an error: no need to ask the other ranks again.
+        with together(None if self._all_keep and self._samples is not None else self._group, self.device):
+            for index, objective in enumerate(self.objectives()):
+                products = self._batch_in_chunks(objective, vectors, index)
+                total = products if total is None else total.add_(products)
+        total = torch.zeros_like(vectors) if total is None else total  # a rank without samples
+        return add_over_ranks(total, self._group).div_(self._count())
 
-    def _at_once(self, objective: Objective) -> int:
-        """How many vectors are multiplied together: each needs about what the batch's activations take."""
-        return max(1, self._memory // max(1, objective.vector_bytes))
+    def _batch_in_chunks(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        chunks = vectors.split(objective.most_vectors(self._memory, self._walks(objective)))
+        if len(chunks) == 1:
+            return self._batch_products(objective, vectors, index)
+        products, done = torch.empty_like(vectors), 0
+        for chunk in chunks:
+            products[done : done + len(chunk)] = self._batch_products(objective, chunk, index)
+            done += len(chunk)
+        return products
+
+    def _walks(self, objective: Objective) -> list[KeptBackward]:
+        """The walks through a batch's graphs that a product takes."""
+        return [walk for walk in (objective.pushing, objective.pulling) if walk is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._data import Batches
-from .._distributed import Group, agree, gather_objects, rank_in
+from .._distributed import Group, agree, gather_over_ranks, rank_in
 from .._model import plain_model
 from ..curvature import CurvatureOperator
 from ..solvers import ConvergenceError, Solution
@@ -42,7 +42,7 @@ def open_result(
     everything = {name: describe(value) for name, value in settings.items()}
     everything["parameters that influence is over"] = list(operator.parameters)
     everything["values of the model"] = of_model(plain_model(model))
-    everything["ranks"] = [rank_in(group), len(gather_objects(None, group))]
+    everything["ranks"] = [rank_in(group), len(gather_over_ranks(None, group))]
     for batches in data:
         everything[batches.name] = of_data(batches)
     return ResultFile(path, everything, resume)

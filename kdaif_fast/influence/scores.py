@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._data import Batches
-from .._distributed import Group
+from .._distributed import Group, together
 from .._model import Loss, Params, plain_model, select_parameters
 from ..curvature import CurvatureOperator, StreamedCurvature, make_curvature
 from ..solvers import Solution
@@ -143,7 +143,8 @@ def influence_scores(
         group: a process group, or "world": every rank gives its own shards of `batch` and `val`, of any size, and gets
             the scores of its own shard of `batch`, on the loss of all validation samples and with the curvature of all
             training samples. The queries "per_sample" are those of the first rank's shard, then the second's, and so
-            on. All ranks have to call together; `out` then has "{rank}" in it.
+            on. All ranks have to call together, and what is raised on one while it goes through its data is raised on
+            all, an empty shard too; `out` then has "{rank}" in it.
         curvature_data: a batch or loader for C, if that shall not be over `batch`: a part of the training data, say, or
             all of them when only some are scored.
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if it fits into memory.
@@ -191,17 +192,18 @@ def influence_scores(
     """
     check_settings(solver, damping, tol, max_iter)
     check_queries(queries)
-    for given, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
-        require_every_sample(given, name)
-        if name != "val" or queries == "per_sample":
-            require_order(given, name)
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
         chosen = list(select_parameters(plain_model(model), params).values())
         device = chosen[0].device
-        train, validation = Batches(batch, "batch", device), Batches(val, "val", device)
-        curved = train if curvature_data is None else Batches(curvature_data, "curvature_data", device)
+        with together(group, device):
+            for given, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
+                require_every_sample(given, name)
+                if name != "val" or queries == "per_sample":
+                    require_order(given, name)
+            train, validation = Batches(batch, "batch", device), Batches(val, "val", device)
+            curved = train if curvature_data is None else Batches(curvature_data, "curvature_data", device)
         data = tuple(dict.fromkeys((train, validation, curved)))
         bars = False if progress is None and train.is_one else progress
         operator = make_curvature(

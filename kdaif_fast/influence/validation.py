@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._data import Batches
-from .._distributed import Group, add_over_ranks, gather_objects, rank_in
+from .._distributed import Group, add_over_ranks, gather_over_ranks, rank_in, together
 from .._model import Loss, Params
 from .._objective import Objective
 from .loaders import samples_in
@@ -27,19 +28,33 @@ def validation_gradients(
     Over ranks: the mean over all their samples; the classes of all of them; or the samples of the first rank, then
     those of the second, and so on.
     """
+    with together(group, validation.device or torch.device("cpu")):
+        rows, labels, counts = _of_this_rank(model, validation, queries, loss, params, group, progress)
+    if group is None:
+        return rows, labels
+    return _over_ranks(rows, labels, counts, queries, group)
+
+
+def _of_this_rank(
+    model: nn.Module,
+    validation: Batches,
+    queries: str,
+    loss: Loss | None,
+    params: Params | None,
+    group: Group,
+    progress: bool | None,
+) -> tuple[Tensor, list[int], list[int]]:
+    """Gradients, what each is of, and how many samples it is the mean of; the last for a group only."""
     if queries == "mean" and validation.is_one:  # a plain backward pass is the quickest
         ((label, batch),) = validation
         objective = Objective(model, batch, loss, params, label)
         objective.require_finite()
-        rows, labels, counts = (objective.gradient() / objective.samples)[None], [0], [objective.samples]
+        rows = (objective.gradient() / objective.samples)[None]
         if not rows.isfinite().all():
             raise ValueError(f"{label} has a gradient that is not finite")
-    else:
-        rows, labels = query_gradients(model, validation, queries, loss=loss, params=params, progress=progress)
-        counts = [] if group is None else _counts(validation, queries, labels)
-    if group is None:
-        return rows, labels
-    return _over_ranks(rows, labels, counts, queries, group)
+        return rows, [0], [objective.samples]
+    rows, labels = query_gradients(model, validation, queries, loss=loss, params=params, progress=progress)
+    return rows, labels, [] if group is None else _counts(validation, queries, labels)
 
 
 def _counts(validation: Batches, queries: str, labels: list[int]) -> list[int]:
@@ -56,7 +71,7 @@ def _counts(validation: Batches, queries: str, labels: list[int]) -> list[int]:
 def _over_ranks(
     rows: Tensor, labels: list[int], counts: list[int], queries: str, group: Group
 ) -> tuple[Tensor, list[int]]:
-    everyone = gather_objects((labels, counts), group)
+    everyone = gather_over_ranks((labels, counts), group)
     if queries == "per_sample":
         first = sum(len(theirs) for theirs, _ in everyone[: rank_in(group)])
         total = sum(len(theirs) for theirs, _ in everyone)

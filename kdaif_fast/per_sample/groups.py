@@ -16,10 +16,20 @@ from .terms.base import BLOCK_ELEMENTS
 
 @dataclass(eq=False)
 class Group:
-    """Parameters that share terms, with all of these: mostly one parameter and one term."""
+    """Parameters that share terms, with all of these: mostly one parameter and one term.
+
+    Attributes:
+        names: of the parameters.
+        meetings: the terms, those of one junction together.
+    """
 
     names: set[str]
-    members: list[tuple[Path, Term]] = field(default_factory=list)
+    meetings: list[list[tuple[Path, Term]]] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[tuple[Path, Term]]:
+        """All terms, each with the path from its parameters."""
+        return [member for meeting in self.meetings for member in meeting]
 
     def single(self) -> Term | None:
         """One term that stands for all, with norms and dots of the parameter's own; None if there is none."""
@@ -42,29 +52,45 @@ class Group:
         return total
 
 
-def visit_groups(recording: Recording, receive: Callable[[Group], None]) -> None:
-    """Receive every group as soon as it is complete."""
+def visit_groups(
+    recording: Recording,
+    receive: Callable[[Group], None],
+    cotangent: Tensor | None = None,
+    *,
+    again: bool = False,
+    whole_layers: bool = False,
+) -> None:
+    """Receive every group as soon as it is complete.
+
+    Args:
+        recording: of a batch.
+        receive: called with each group.
+        cotangent: see Recording.visit; so is `again`.
+        again: as there.
+        whole_layers: whether parameters that meet the samples at the same junction, as weight and bias of a layer, are
+            in one group.
+    """
     group_of: dict[str, Group] = {}
     missing = {name: recording.uses(name) for name in recording.parameters}
 
     def gather(terms: list[tuple[Path, Term]]) -> None:
-        for path, term in terms:
-            groups = {group_of.get(name) for name in path.parameters} - {None}
-            group = Group(set(path.parameters))
-            for other in groups:
+        for meeting in [terms] if whole_layers and terms else [[member] for member in terms]:
+            names = [name for path, _ in meeting for name in path.parameters]
+            group = Group(set(names))
+            for other in {group_of.get(name) for name in names} - {None}:
                 assert other is not None
                 group.names |= other.names
-                group.members += other.members
-            group.members.append((path, term))
+                group.meetings += other.meetings
+            group.meetings.append(meeting)
             group_of.update(dict.fromkeys(group.names, group))
-            for name in path.parameters:
+            for name in names:
                 missing[name] -= 1
             if all(missing[name] == 0 for name in group.names):
                 receive(group)
                 for name in group.names:
                     del group_of[name]
 
-    recording.visit(gather)
+    recording.visit(gather, cotangent, again=again)
     with torch.no_grad():
         unfinished: list[Group] = []
         for group in group_of.values():  # junctions that no gradient has reached

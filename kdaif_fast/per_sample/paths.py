@@ -61,13 +61,15 @@ class Path:
         parameters: the leaves, by name.
         edge: the tensor, as autograd's functions take it.
         leaf: the parameter, if there is nothing but transposes and casts in between; its gradient is `leaf_grad`.
+        transposes: whether, then, rows and columns are swapped.
         rearranges: whether it only rearranges (and casts) one parameter.
+        transposes: whether these swap the rows and columns of `leaf`.
     """
 
     def __init__(self, graph: Graph, edge: Edge, route: Route, parameters: Mapping[str, Tensor]) -> None:
         self.edge = GradientEdge(graph.nodes[edge[0]], edge[1])
         self.parameters = {name: parameters[name] for name in route.names}
-        self.rearranges, self._route, self._transposes = route.rearranges, route, route.transposes
+        self.rearranges, self._route, self.transposes = route.rearranges, route, route.transposes
         self._simple = route.is_short
         # Straight to the leaf: nothing in between needs to run.
         self.leaf = parameters[route.names[0]] if route.is_short else None
@@ -86,7 +88,7 @@ class Path:
         """How the tensor changes along directions in the parameters: {name: [K, *leaf]} -> [K, *shape]."""
         if self._simple:
             (name,) = self.parameters
-            return directions[name].mT if self._transposes else directions[name]
+            return directions[name].mT if self.transposes else directions[name]
         leaves = list(self.parameters.values())
         some = leaves[0]
         with torch.enable_grad(), without_hooks(leaves):
@@ -106,7 +108,7 @@ class Path:
     def pull(self, grads: Tensor) -> dict[str, Tensor]:
         """Gradients of the tensor taken back to the parameters: [N, *shape] -> {name: [N, *leaf]}."""
         if self._simple:
-            return {next(iter(self.parameters)): grads.mT if self._transposes else grads}
+            return {next(iter(self.parameters)): grads.mT if self.transposes else grads}
         leaves = list(self.parameters.values())
         grads = grads.to(self._dtype())
         with without_hooks(leaves):
@@ -130,13 +132,13 @@ class Path:
     def leaf_grad(self, grad: Tensor) -> Tensor:
         """The gradient of `leaf`, from that of the tensor."""
         assert self.leaf is not None
-        return (grad.mT if self._transposes else grad).to(self.leaf.dtype)
+        return (grad.mT if self.transposes else grad).to(self.leaf.dtype)
 
     def leaf_view(self, out: Tensor) -> Tensor | None:
         """A buffer [N, *leaf] seen as [N, *shape], if it can be."""
         if not self._simple:
             return None
-        return out.mT if self._transposes else out
+        return out.mT if self.transposes else out
 
 
 def _names_below(graph: Graph, start: int) -> list[str]:

@@ -218,11 +218,18 @@ class Recording:
 
     # --- the backward pass ------------------------------------------------------------------------------------
 
-    def visit(self, receive: Receive) -> None:
+    def visit(self, receive: Receive, cotangent: Tensor | None = None, *, again: bool = False) -> None:
         """Run the backward pass over the samples' part of the graph, and receive every junction's terms on the way.
 
         No gradient of a parameter is computed.
+
+        Args:
+            receive: called with the terms of each junction.
+            cotangent: what to start from instead of the losses' gradient, shaped like `outputs`: terms are then those
+                of <cotangent, outputs>.
+            again: whether the graph is kept for another visit.
         """
+        cotangent = self._cotangent if cotangent is None else cotangent
         plan, graph = self._plan, self._graph
         early = self._early()
         # A node can be run by itself only while no backward pass is under way: junctions without a rule have to wait,
@@ -230,7 +237,7 @@ class Recording:
         shapes = tuple(graph.shape((junction.node, 0)) for junction in plan.junctions)
         known = plan.generic.get(shapes)
         late = {j.node for j in plan.junctions} if known is None else known
-        retain = any(j.executed and j.node in late for j in plan.junctions)
+        retain = again or any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
 
         def arrive(junction: Junction, grads: tuple[Tensor | None, ...]) -> None:
@@ -258,9 +265,7 @@ class Recording:
             caught: tuple[Tensor | None, ...] = ()
             if edges:
                 with without_autocast(self.losses.device):
-                    caught = torch.autograd.grad(
-                        self._root, edges, self._cotangent, retain_graph=retain, allow_unused=True
-                    )
+                    caught = torch.autograd.grad(self._root, edges, cotangent, retain_graph=retain, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -327,6 +332,20 @@ class Recording:
     def leaf(self, name: str) -> Edge:
         """The edge of a parameter."""
         return next((at, 0) for at, leaf in self._graph.leaves.items() if leaf == name)
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """What the model returned, without its graph; None if the losses depend on more than that one tensor."""
+        return self._root.detach() if self._cuts else None
+
+    def losses_of(self, outputs: Tensor) -> Tensor:
+        """The samples' losses as a function of the outputs: [N, ...] -> [N]."""
+        return sample_losses(self._loss, outputs, self._batch, self._name)
+
+    @property
+    def batch(self) -> Batch:
+        """The samples."""
+        return self._batch
 
     def reached(self) -> list[Tensor]:
         """The parameters that the losses' graph leads to."""

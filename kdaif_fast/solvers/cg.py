@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cg_update import CG_DOTS, CG_UPDATE
-from .cg_columns import DIVERGED, Columns
+from .cg_columns import Columns
 from .looks import FEW_LEFT, looks_every
 from .solution import Solution
 from .system import System, check_count, relative
@@ -139,7 +139,7 @@ def _finish(system: System, columns: Columns, iterations: int, is_stopped: bool)
     for k, (column, reason) in enumerate(zip(state, reasons, strict=True)):
         if reason in ("negative curvature", "singular") and column["iterations"] == 1:
             columns.x[k], column["rr"] = columns.p[k], column["first_rr"]
-        elif reason in WENT_WRONG or not column["rr"] <= squares[k]:
+        elif reason in WENT_WRONG or (reason != "stopped" and not column["rr"] <= squares[k]):
             if not column["better"]:
                 columns.x[k] = columns.best[k]
             column["rr"] = column["best_rr"]
@@ -164,7 +164,7 @@ def _reason(column: dict[str, Any], square: float, tol: float | None, epsilon: f
     if quotient <= 0:
         zero = 100 * epsilon * max(column["highest"], 0)
         return "negative curvature" if column["lowest"] < -zero else "singular"
-    if not rr <= DIVERGED**2 * square or math.isnan(quotient):
+    if not rr <= epsilon**2 * square * (1 + epsilon) or math.isnan(quotient):
         return "diverged"
     # Nothing is left but rounding.
     return "max_iter" if tol is None else "rounding"

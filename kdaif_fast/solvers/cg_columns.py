@@ -32,7 +32,7 @@ class Columns:
     rr: Any  # r . r
     rz: Any  # r . M^-1 r
     goal: Any  # below this r . r, the column is done
-    most: Any  # above this r . r, it has diverged
+    most: Any  # above this r . M^-1 r, it has diverged
     best_rr: Any  # the least r . r so far
     first_rr: Any  # what the first direction itself would leave of the residual
     lowest: Any  # of p . A p / p . p, as far as `settled`
@@ -47,7 +47,7 @@ class Columns:
     @classmethod
     def start(cls, rows: Tensor, precondition: Callable[[Tensor], Tensor] | None, tol: float | None) -> Columns:
         """x = 0, r = b, p = M^-1 b."""
-        xp: Any = numpy if rows.device.type == "cpu" else torch
+        xp = scalars_for(rows.device)
         as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is numpy else Tensor.detach
         r = rows.clone()
         p = r.clone() if precondition is None else precondition(r).clone()
@@ -67,7 +67,7 @@ class Columns:
             rr=rr,
             rz=rz,
             goal=goal,
-            most=rr * DIVERGED**2,
+            most=rz * DIVERGED**2,
             best_rr=rr,
             first_rr=none,
             lowest=none + math.inf,
@@ -97,7 +97,7 @@ class Columns:
         self.rz = self.rr if rz is None else self._as_scalar(rz)
         self.better = self.rr < self.best_rr
         self.best_rr = self.xp.fmin(self.rr, self.best_rr)
-        self.running = self.running & (self.rr > self.goal) & (self.rr <= self.most)
+        self.running = self.running & (self.rr > self.goal) & (self.rz <= self.most)
         if rz is not None:
             is_positive = self.rz > 0
             self.indefinite = self.indefinite | (self.running & ~is_positive)
@@ -186,6 +186,11 @@ class Columns:
     def _as_tensor(self, values: Any) -> Tensor:
         tensor: Tensor = torch.from_numpy(values) if self.xp is numpy else values
         return tensor
+
+
+def scalars_for(device: torch.device) -> Any:
+    """Who calculates with scalars: numpy or torch."""
+    return numpy if device.type == "cpu" else torch
 
 
 ARRAYS = tuple(field.name for field in dataclasses.fields(Columns) if field.name not in ("xp", "unsettled"))

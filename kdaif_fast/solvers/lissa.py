@@ -114,10 +114,9 @@ def lissa(
 
 def _scale(system: System, seed: int) -> tuple[float, int]:
     estimate, products = largest_eigenvalue(system.matmat, system.rows[:1], seed)
-    largest = estimate + system.damping
-    if largest < 0:
-        _refuse_indefinite(system, largest)
-    return (SCALE_MARGIN * largest or 1.0), products
+    if estimate + system.damping < 0:
+        _refuse_indefinite(system, estimate + system.damping)
+    return (SCALE_MARGIN * (abs(estimate) + system.damping) or 1.0), products
 
 
 def _require_definite(system: System, direction: Tensor, scale: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from .solution import Solution
 from .system import System
 
 # The recurrence knows its residual to rounding only, and the residual that is checked is the true one.
-MARGIN = 0.95
+MARGIN = 0.7
+
+# Where C has no inverse, the recurrence comes near the least-squares solution, where |A r| / (|A| |r|) is small, and
+# then leaves it again, while it believes that r falls: the ratio has grown by this though r has not halved.
+LEFT_AGAIN = 100
 
 
 def minres(
@@ -39,7 +44,7 @@ def minres(
     Raises:
         TypeError, ValueError: b is no vectors, or a number is no number or out of its range.
 
-    Memory: 7 tensors like b, and what the operator needs.
+    Memory: 8 tensors like b, and what the operator needs.
 
     Source: Paige and Saunders 1975, "Solution of sparse indefinite systems of linear equations", section 6.
 
@@ -96,6 +101,9 @@ def _start(system: System) -> dict[str, Tensor]:
         "epsilon": zero,
         "phi_bar": beta,  # |r|
         "goal": beta * (0.0 if system.tol is None else MARGIN * system.tol),
+        "nearest": torch.zeros_like(rows),  # the iterate of least |A r| / (|A| |r|)
+        "least_ratio": zero + math.inf,
+        "phi_bar_then": beta,
         "size": zero,  # squares of the tridiagonal matrix's entries
         "running": is_wanted,
         "singular": torch.zeros_like(is_wanted),
@@ -119,8 +127,15 @@ def _iterate(system: System, s: dict[str, Tensor]) -> None:
     delta = s["cos"] * s["delta_bar"] + s["sin"] * alpha
     gamma_bar = s["sin"] * s["delta_bar"] - s["cos"] * alpha
     delta_bar = -s["cos"] * beta
-    # |A r| of the iterate so far: where it is rounding but |r| is not, r is in the null space.
-    is_singular = running & (torch.hypot(gamma_bar, delta_bar) <= 10 * rounding * size.sqrt())
+    ratio = torch.hypot(gamma_bar, delta_bar) / size.sqrt().clamp(
+        min=torch.finfo(torch.float64).tiny
+    )  # before the step
+    is_nearer = running & (ratio < s["least_ratio"])
+    s["nearest"] = torch.where(is_nearer[:, None], s["x"], s["nearest"])
+    s["least_ratio"] = torch.where(is_nearer, ratio, s["least_ratio"])
+    s["phi_bar_then"] = torch.where(is_nearer, s["phi_bar"], s["phi_bar_then"])
+    has_left = (s["least_ratio"] <= rounding**0.5) & (ratio > LEFT_AGAIN * s["least_ratio"])
+    is_singular = running & ((ratio <= 10 * rounding) | (has_left & (s["phi_bar"] > s["phi_bar_then"] / 2)))
     running = running & ~is_singular
     gamma = torch.hypot(gamma_bar, beta)
     gamma = torch.where(gamma > 0, gamma, 1)
@@ -131,6 +146,7 @@ def _iterate(system: System, s: dict[str, Tensor]) -> None:
     is_whole = beta <= rounding * size.sqrt()  # the Krylov space holds the solution, if there is one
     phi_bar = torch.where(running, torch.where(is_whole, 0, sin * s["phi_bar"]), s["phi_bar"])
     s["count"] = s["count"] + s["running"]
+    s["x"] = torch.where(is_singular[:, None], s["nearest"], s["x"])
     s["singular"] = s["singular"] | is_singular
     s["running"] = running & ~is_whole & (phi_bar > s["goal"])
     s["epsilon"] = s["sin"] * beta

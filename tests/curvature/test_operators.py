@@ -99,6 +99,18 @@ def test_leaves_everything_as_it_was(operator):
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("operator", DENSE)
+def test_the_model_runs_once(operator):
+    model, batch, _ = make("mlp")
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    curvature = operator(model, batch)
+    curvature.matvec(torch.ones(43, dtype=torch.float64))
+    assert curvature.samples == N
+    curvature.mean_eigenvalue()
+    assert len(calls) == 1
+
+
 def test_low_precision_models_have_float32_vectors():
     model, batch, _ = make("mlp")
     low = model.to(torch.bfloat16)

@@ -7,21 +7,7 @@ from torch import nn
 from kdaif_fast._data import Batches
 from kdaif_fast.influence.queries import query_gradients
 from tests.cases import MODELS, Dense, make
-
-
-def pieces(batch, size):
-    """A batch cut into a list of batches, the last of them smaller."""
-    return list(zip(*(part.split(size) for part in batch), strict=True))
-
-
-def expected(dense, val, queries):
-    grads = dense.grads(val)
-    if queries == "mean":
-        return grads.mean(0, keepdim=True), [0]
-    if queries == "per_sample":
-        return grads, list(range(len(grads)))
-    classes = sorted(set(val[1].tolist()))
-    return torch.stack([grads[val[1] == c].mean(0) for c in classes]), classes
+from tests.influence.cases import loader, query_rows
 
 
 @pytest.mark.parametrize("queries", ["mean", "per_sample", "per_class"])
@@ -29,10 +15,11 @@ def expected(dense, val, queries):
 def test_against_materialised_gradients(name, queries):
     model, val, _ = make(name)
     rows, labels = query_gradients(model, Batches(val, "val"), queries)
-    truth, names = expected(Dense(model), val, queries)
-    assert labels == names
+    truth = query_rows(Dense(model).grads(val), val[1], queries)
+    expected = {"mean": [0], "per_sample": list(range(len(val[1]))), "per_class": sorted(set(val[1].tolist()))}
+    assert labels == expected[queries]
     torch.testing.assert_close(rows, truth, rtol=1e-10, atol=1e-12)
-    streamed, again = query_gradients(model, Batches(pieces(val, 5), "val"), queries)
+    streamed, again = query_gradients(model, Batches(loader(val, 5), "val"), queries)
     assert again == labels
     torch.testing.assert_close(streamed, rows, rtol=1e-12, atol=1e-14)
 
@@ -40,9 +27,9 @@ def test_against_materialised_gradients(name, queries):
 def test_classes_that_are_not_in_every_batch():
     model, (x, _), _ = make("mlp")
     y = torch.tensor([2, 2, 2, 2, 0, 0, 0, 0, 2, 2, 2, 0])
-    rows, labels = query_gradients(model, Batches(pieces((x, y), 4), "val"), "per_class")
+    rows, labels = query_gradients(model, Batches(loader((x, y), 4), "val"), "per_class")
     assert labels == [0, 2]
-    torch.testing.assert_close(rows, expected(Dense(model), (x, y), "per_class")[0])
+    torch.testing.assert_close(rows, query_rows(Dense(model).grads((x, y)), y, "per_class"))
 
 
 def test_chosen_and_idle_parameters():
@@ -85,7 +72,7 @@ class TestBadInput:
         model, (x, y), _ = make("mlp")
         x[7, 1] = float("nan")
         with pytest.raises(ValueError, match="batch 1 of val: sample 2 has a loss that is not finite"):
-            query_gradients(model, Batches(pieces((x, y), 5), "val"), queries)
+            query_gradients(model, Batches(loader((x, y), 5), "val"), queries)
 
     @pytest.mark.parametrize("queries", ["mean", "per_sample"])
     def test_a_gradient_that_is_not_finite(self, queries):
@@ -101,3 +88,24 @@ class TestBadInput:
         model, val, _ = make("conv")
         with pytest.raises(ValueError, match="drops units at random"):
             query_gradients(model.train(), Batches(val, "val"), "mean")
+
+    def test_functional_dropout(self):
+        class Dropping(nn.Linear):
+            def forward(self, x):
+                drawn = torch.rand(())  # which alone is no harm
+                return nn.functional.dropout(super().forward(x), 0.5, self.training) + 0 * drawn
+
+        model, val = Dropping(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
+        with pytest.raises(ValueError, match="the model's outputs on val are random"):
+            query_gradients(model, Batches(val, "val"), "mean")
+        query_gradients(model.eval(), Batches(val, "val"), "mean")
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_progress(progress, shown, capsys):
+    """None shows it on a terminal only, which this is not."""
+    model, val, _ = make("mlp")
+    query_gradients(model, Batches(loader(val, 5), "val"), "mean", progress=progress)
+    said = capsys.readouterr().err
+    assert ("gradients of val: 100%" in said and "3/3" in said) == shown
+    assert bool(said) == shown

@@ -58,8 +58,8 @@ def test_stochastic_products_and_repeats():
     operator.seeds.clear()
     many = lissa(operator, b, damping=0.1, tol=0.2, max_iter=200, repeats=16)
     assert len(set(operator.seeds)) == 16 * 200  # no batch order twice
-    assert (many.residual < one.residual).all()
-    assert many.residual.norm() < 0.5 * one.residual.norm()
+    alone = [lissa(operator, b, damping=0.1, tol=0.2, max_iter=200, seed=1000 * k).residual.norm() for k in range(4)]
+    assert many.residual.norm() < 0.6 * sum(alone) / 4  # 1/4 but for chance
     assert 0 < many.details["spread"] < 0.5
     assert torch.equal(many.x, lissa(operator, b, damping=0.1, tol=0.2, max_iter=200, repeats=16).x)
     assert not torch.equal(one.x, lissa(operator, b, damping=0.1, tol=0.2, max_iter=200, seed=7).x)
@@ -77,7 +77,7 @@ def test_a_scale_that_is_too_small_is_doubled(operator):
 
 def test_divergence_is_never_returned():
     C, b = system(20, 10.0)
-    with pytest.raises(ConvergenceError, match="diverges, even with scale 0.0064 after 6 doublings"):
+    with pytest.raises(ConvergenceError, match=r"diverges, even with scale 0\.0064 after 6 doublings"):
         lissa(rows_of(C), b, scale=1e-4)
     with pytest.raises(ConvergenceError, match="diverges"):
         lissa(Batches(), b, scale=1e-4)

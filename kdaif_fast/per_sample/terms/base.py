@@ -55,6 +55,16 @@ class Term(ABC):
             pieces.append(as_real(G.to(wide_dtype(G.dtype))).square().sum(1))
         return torch.cat(pieces)
 
+    def squares(self) -> Tensor:
+        """sum_i G_i^2, element by element: [*shape], in float32 at least."""
+        total = torch.zeros((), dtype=wide_dtype(self.dtype))
+        step = max(1, BLOCK_ELEMENTS // max(1, self.shape.numel()))
+        for start in range(0, self.samples, step):
+            G = self.block(start, min(start + step, self.samples)).grads()
+            part = torch.linalg.vector_norm(G, dim=0, dtype=wide_dtype(G.dtype)).square_()
+            total = part if start == 0 else total.add_(part)
+        return total
+
     def step(self, directions: Tensor) -> tuple[Tensor, Term]:
         """The dots, and what to keep for the weighted sum that follows."""
         return self.dots(directions), self

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops.persample_conv import persample_conv
 from ..layout import Layout, Scattered
@@ -74,12 +74,18 @@ class ConvolutionTerm(Term):
         )
 
     @property
-    def _one_image(self) -> bool:
+    def one_image(self) -> bool:
+        """Whether image i is sample i."""
         return len(self.inputs) == self.samples and not isinstance(self.layout, Scattered)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether G_i[o] = sum_t b_it[o] patch_it: one image a sample, one group, not transposed."""
+        return self.one_image and self.convolution.groups == 1 and not self.convolution.transposed
 
     def grads(self, out: Tensor | None = None) -> Tensor:
         """See Term."""
-        if self._one_image and out is not None:
+        if self.one_image and out is not None:
             self._call(out=out)
             return out
         G = self._call(grads=True)[0]
@@ -95,7 +101,7 @@ class ConvolutionTerm(Term):
 
     def squared_norms(self) -> Tensor:
         """See Term."""
-        if not self._one_image:
+        if not self.one_image:
             return super().squared_norms()
         norms = self._call(norms=True)[2]
         assert norms is not None
@@ -122,16 +128,29 @@ class ConvolutionTerm(Term):
     def step(self, directions: Tensor) -> tuple[Tensor, Term]:
         """See Term."""
         held = self.inputs[0].numel() + self.output_grads[0].numel()
-        if not self._one_image or math.prod(self.shape) > KEEP_RATIO * held:
+        if not self.one_image or math.prod(self.shape) > KEEP_RATIO * held:
             return self.dots(directions), self
         G, dots, _ = self._call(directions, grads=True)
         assert G is not None
         assert dots is not None
         return dots, Materialised(G)
 
+    def patches(self, start: int, stop: int) -> Tensor:
+        """What each output of some images is made of: [groups, (stop - start) * positions, C / groups * kernel]."""
+        c, x = self.convolution, self.inputs[start:stop]
+        if any(c.padding):
+            x = nn.functional.pad(x, [p for size in reversed(c.padding) for p in (size, size)])
+        last = self.output_grads.dim() - 2
+        for axis in range(last):  # [R, C, *positions, *kernel], a view
+            kernel, stride, dilation = self.shape[2 + axis], c.stride[axis], c.dilation[axis]
+            x = x.unfold(2 + axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+            x = x.narrow(2 + axis, 0, self.output_grads.shape[2 + axis])
+        x = x.unflatten(1, (c.groups, -1)).movedim(2, 2 + last)  # [R, groups, *positions, C / groups, *kernel]
+        return x.transpose(0, 1).reshape(c.groups, -1, self.shape[1:].numel())
+
     def block(self, start: int, stop: int) -> ConvolutionTerm:
         """See Term."""
-        if self._one_image:
+        if self.one_image:
             chosen: slice | Tensor = slice(start, stop)
             layout = self.layout
         else:

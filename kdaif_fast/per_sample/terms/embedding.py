@@ -49,14 +49,24 @@ class EmbeddingTerm(Term):
             return torch.sparse_coo_tensor(*flat, self.shape, check_invariants=False)
         return torch.ops.aten.embedding_dense_backward(b, self.indices, self.shape[0], -1, False)
 
-    def squared_norms(self) -> Tensor:
-        """See Term."""
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The rows of G that are not zero, with their keys."""
         keys, place = self._keys().unique(return_inverse=True)
         wide = wide_dtype(self.output_grads.dtype)
         rows = self.output_grads.new_zeros((len(keys), self.shape[1]), dtype=wide)
         rows.index_add_(0, place.reshape(-1), self.output_grads.reshape(-1, self.shape[1]).to(wide))
+        return keys, rows
+
+    def squared_norms(self) -> Tensor:
+        """See Term."""
+        keys, rows = self._rows()
         owner = keys // self.shape[0]
         return rows.new_zeros(self.samples).index_add_(0, owner, rows.square().sum(1))
+
+    def squares(self) -> Tensor:
+        """See Term."""
+        keys, rows = self._rows()
+        return rows.new_zeros(self.shape).index_add_(0, keys % self.shape[0], rows.square_())
 
     def block(self, start: int, stop: int) -> EmbeddingTerm:
         """See Term."""

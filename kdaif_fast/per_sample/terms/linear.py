@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._tree import wide_dtype
 from ...ops.persample_grad import persample_grad
 from .base import Term
 
@@ -63,6 +64,14 @@ class LinearTerm(Term):
     def squared_norms(self) -> Tensor:
         """See Term."""
         return _KERNELS.persample_norm.default(self.inputs, self.output_grads)
+
+    def squares(self) -> Tensor:
+        """See Term."""
+        if self.inputs.shape[1] != 1:
+            return super().squares()
+        wide = wide_dtype(self.dtype)
+        a, b = (x[:, 0].to(wide).square() for x in (self.inputs, self.output_grads))
+        return self._oriented(b.T @ a).reshape(self.shape)
 
     def block(self, start: int, stop: int) -> LinearTerm:
         """See Term."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._data import Batches
-from .._distributed import Group, agree, gather_over_ranks, rank_in
+from .._distributed import Group, agree, gather_over_ranks, rank_in, together
 from .._model import plain_model
 from ..curvature import CurvatureOperator
 from ..solvers import ConvergenceError, Solution
@@ -43,9 +43,10 @@ def open_result(
     everything["parameters that influence is over"] = list(operator.parameters)
     everything["values of the model"] = of_model(plain_model(model))
     everything["ranks"] = [rank_in(group), len(gather_over_ranks(None, group))]
-    for batches in data:
-        everything[batches.name] = of_data(batches)
-    return ResultFile(path, everything, resume)
+    with together(group, operator.device):
+        for batches in data:
+            everything[batches.name] = of_data(batches)
+        return ResultFile(path, everything, resume)
 
 
 def save_solution(file: ResultFile, solution: Solution, labels: list[int], data: tuple[Batches, ...]) -> None:
@@ -66,29 +67,31 @@ def _sizes(data: tuple[Batches, ...]) -> dict[str, int]:
 
 
 def load_solution(
-    file: ResultFile, operator: CurvatureOperator, data: tuple[Batches, ...], group: Group, *, strict: bool
+    file: ResultFile, operator: CurvatureOperator, data: tuple[Batches, ...], group: Group, *, must_converge: bool
 ) -> Solution | None:
     """The solution of a run before, if there is one on every rank; else nothing of what was done counts.
 
     Raises ValueError: the data have another number of samples now.
-    Raises ConvergenceError: with strict, if that run has made do with one that had not converged.
+    Raises ConvergenceError: it must have converged, and has not.
     """
-    saved = file.solution()
+    with together(group, operator.device):
+        saved = file.solution()
     if not agree(saved is not None, group, operator.device):
         if saved is not None:
             file.start_over()
         return None
     assert saved is not None
     x, report = saved
-    found = differences(report["samples"], _sizes(data), "the number of samples of ")
-    if found:
-        raise ValueError(f"{file.path} was begun with other data: {'; '.join(found)}. resume=False starts over")
-    residual, reason = report["residual"], report["reason"]
-    if strict and not report["converged"]:
-        raise ConvergenceError(
-            f"{file.path} was begun with a solution that had not converged (relative residual {residual}, reason "
-            f"{reason!r}): resume=False solves again"
-        )
+    with together(group, operator.device):
+        found = differences(report["samples"], _sizes(data), "the number of samples of ")
+        if found:
+            raise ValueError(f"{file.path} was begun with other data: {'; '.join(found)}. resume=False starts over")
+        residual, reason = report["residual"], report["reason"]
+        if must_converge and not report["converged"]:
+            raise ConvergenceError(
+                f"{file.path} was begun with a solution that had not converged (relative residual {residual}, reason "
+                f"{reason!r}): resume=False solves again"
+            )
     return Solution(
         x=x.to(operator.device),
         residual=torch.tensor(residual, dtype=torch.float64) if isinstance(residual, list) else residual,

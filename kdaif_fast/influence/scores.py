@@ -220,13 +220,19 @@ def influence_scores(
         file = None
         if out is not None:
             file = open_result(out, resume, settings, model, operator, data, group)
-        solution = None if file is None else load_solution(file, operator, data, group, strict=strict)
+        solution = (
+            None
+            if file is None
+            else load_solution(file, operator, data, group, must_converge=strict and tol is not None)
+        )
         if solution is None:
             b, labels = validation_gradients(
                 model, validation, queries, loss=loss, params=chosen, group=group, progress=bars
             )
-            if file is not None and train.count is not None:
-                file.allocate(samples_in(train), None if queries == "mean" else len(b), b.dtype)
+            if file is not None:
+                with together(group, device):
+                    if train.count is not None:
+                        file.allocate(samples_in(train), None if queries == "mean" else len(b), b.dtype)
             solution = solve_queries(
                 operator,
                 b,
@@ -241,7 +247,8 @@ def influence_scores(
                 progress=bars,
             )
             if file is not None:
-                save_solution(file, solution, labels, data)
+                with together(group, device):
+                    save_solution(file, solution, labels, data)
         directions = solution.x if solution.x.dim() == 2 else solution.x[None]
         pieces = _scores(model, operator, train, curved, directions, loss, chosen, file, bars)
         phi = _collect(pieces, train, None if queries == "mean" else len(directions), directions.dtype, file)

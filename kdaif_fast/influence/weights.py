@@ -92,10 +92,11 @@ def influence_weights(
     `influence_scores`, then `sigmoid_weights`: w = 2 / (1 + exp(gamma * phi / scale)), in (0, 2).
 
     Args:
-        model, batch, val: as for `influence_scores`.
+        model, batch, val: as for `influence_scores`; batch and val are batches or loaders.
         gamma: steepness of the weights.
         scale: what phi is measured against: "range" (max - min), "robust" (1 % to 99 % quantile), or a number.
-        **options: loss, params, curvature, solver, damping, tol, max_iter, as for `influence_scores`.
+        **options: loss, params, curvature, solver, damping, tol, max_iter and the others of `influence_scores`; queries
+            stays "mean".
 
     Returns:
         [N], detached, on the model's device.
@@ -114,4 +115,9 @@ def influence_weights(
     """
     if "return_solution" in options:
         raise TypeError("influence_weights returns weights only; for the solve's report call influence_scores")
+    if options.get("queries", "mean") != "mean":
+        raise ValueError(
+            f"queries is {options['queries']!r}, but a sample has one weight: expected 'mean', or sigmoid_weights of a "
+            "column of influence_scores"
+        )
     return sigmoid_weights(influence_scores(model, batch, val, **options), gamma=gamma, scale=scale)

@@ -1,5 +1,7 @@
 """tol="rank": the ranking it stops at is that of the converged solution."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -81,14 +83,14 @@ def test_looks_move_apart_and_two_in_a_row_are_needed():
         return current
 
     settled = RankSettled(score)
-    for iterations in range(LOOKS_EVERY, 205, LOOKS_EVERY):
+    for iterations in range(LOOKS_EVERY, 205, LOOKS_EVERY):  # noqa: B007, `score` reads it
         current = one if len(looks) % 2 else other  # never the same twice in a row
         assert not settled(torch.zeros(1, 3))
     assert looks[:5] == [5, 10, 15, 20, 25]
-    assert all(later >= 1.1 * earlier for earlier, later in zip(looks, looks[1:], strict=False))
+    assert all(later >= 1.1 * earlier for earlier, later in pairwise(looks))
     assert looks[-1] - looks[-2] > LOOKS_EVERY
     answers = []
-    for iterations in range(205, 400, LOOKS_EVERY):
+    for iterations in range(205, 400, LOOKS_EVERY):  # noqa: B007
         before = len(looks)
         answer = settled(torch.zeros(1, 3))
         answers += [answer] * (len(looks) - before)

@@ -159,6 +159,12 @@ class TestOut:
         with pytest.raises(kdaif_fast.solvers.ConvergenceError, match="begun with a solution that had not converged"):
             influence_scores(model, batch, val, strict=True, **options)
 
+        # Nothing was asked of a fixed number of products.
+        options = {"damping": 1e-6, "max_iter": 2, "tol": None, "strict": True, "out": tmp_path / "fixed.npy"}
+        assert torch.equal(
+            influence_scores(model, batch, val, **options), influence_scores(model, batch, val, **options)
+        )
+
     def test_files_of_others_are_left_alone(self, tmp_path):
         model, batch, val = make("mlp")
         path = tmp_path / "phi.npy"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from kdaif_fast import ConvergenceWarning, influence_scores
+from kdaif_fast.curvature import CURVATURES
 from kdaif_fast.influence import scores as scores_module
 from kdaif_fast.influence.loaders import require_every_sample
 from kdaif_fast.solvers import ConvergenceError
@@ -53,6 +54,20 @@ def test_every_curvature_streams(curvature):
     expected = influence_scores(model, batch, val, **options)
     for options["keep_graphs"] in (False, True):
         torch.testing.assert_close(influence_scores(model, pieces(batch, 5), val, **options), expected)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_closed_form_inverses(curvature):
+    model, batch, val = make("mlp")
+    train = pieces(batch, 5)
+    operator = CURVATURES[curvature](model, train)
+    for queries in ("mean", "per_class"):
+        s = operator.solve(query_grads(Dense(model), val, queries), 0.1)
+        expected = -Dense(model).grads(batch) @ s.T
+        phi = influence_scores(
+            model, train, val, queries=queries, curvature=curvature, solver="ekfac", damping=0.1, tol=None
+        )
+        torch.testing.assert_close(phi, expected[:, 0] if queries == "mean" else expected)
 
 
 def test_data_loaders_with_and_without_a_length():

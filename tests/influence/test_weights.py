@@ -93,3 +93,9 @@ def test_influence_weights_are_the_weights_of_the_scores():
     assert not w.requires_grad
     with pytest.raises(TypeError, match="influence_scores"):
         influence_weights(model, batch, val, return_solution=True)
+    with pytest.raises(ValueError, match="queries is 'per_class', but a sample has one weight"):
+        influence_weights(model, batch, val, queries="per_class")
+    loader = list(zip(*(part.split(5) for part in batch), strict=True))
+    options = {"damping": 0.1, "tol": 1e-8, "gamma": 3.0}
+    streamed = influence_weights(model, loader, [val], **options)
+    torch.testing.assert_close(streamed, influence_weights(model, batch, val, **options))

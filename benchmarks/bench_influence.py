@@ -2,6 +2,9 @@
 
 Same network, data, damping and tolerance for all; the Hessian is what the naive code solves with, so that is what
 "kdaif_fast" solves with too. The Gauss-Newton row is the library's default and has another answer.
+
+As a program, `python benchmarks/bench_influence.py`, it compares influence_scores with other libraries, accuracy too,
+on a convolutional network too; see influence_peers.py. `make bench-peers` installs those libraries first.
 """
 
 import functools
@@ -80,3 +83,9 @@ def bench_per_sample_dots(measure, name):
 
     torch.testing.assert_close(fused(), loop(), rtol=1e-3, atol=1e-3)
     measure("per_sample_grad_dots, digits MLP, N=1000", name, fused if name == "kdaif_fast" else loop)
+
+
+if __name__ == "__main__":
+    from influence_peers import main
+
+    main()

@@ -29,6 +29,23 @@ def hessian_vector_product(model: nn.Module, batch: tuple[Tensor, Tensor], v: Te
     return total
 
 
+def gauss_newton_vector_product(model: nn.Module, batch: tuple[Tensor, Tensor], v: Tensors, batch_size: int) -> Tensors:
+    """Gauss-Newton matrix of the mean training loss times v: J v by double backward, then J^T, batch by batch."""
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for x, y in zip(*(part.split(batch_size) for part in batch), strict=True):
+        outputs = model(x)
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, parameters, dummy, create_graph=True)
+        (tangent,) = torch.autograd.grad(pulled, dummy, v, retain_graph=True)
+        logits = outputs.detach().requires_grad_()
+        (grads,) = torch.autograd.grad(F.cross_entropy(logits, y), logits, create_graph=True)
+        (curved,) = torch.autograd.grad(grads, logits, tangent)
+        product = torch.autograd.grad(outputs, parameters, curved)
+        total = [t + h * len(x) / len(batch[0]) for t, h in zip(total, product, strict=True)]
+    return total
+
+
 def conjugate_gradients(product, b: Tensors, damping: float, tol: float, max_iter: int) -> Tensors:
     """Solve (H + damping I) x = b."""
     x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
@@ -54,12 +71,14 @@ def naive_influence_scores(
     tol: float,
     max_iter: int = 200,
     batch_size: int = 64,
+    curvature: str = "hessian",
 ) -> Tensor:
-    """phi [N], positive = harmful. batch_size is that of the loader which the Hessian goes through."""
+    """phi [N], positive = harmful. batch_size is that of the loader which the curvature goes through."""
+    product = {"hessian": hessian_vector_product, "ggn": gauss_newton_vector_product}[curvature]
     parameters = list(model.parameters())
     validation_grad = torch.autograd.grad(F.cross_entropy(model(val[0]), val[1]), parameters)
     s = conjugate_gradients(
-        lambda v: hessian_vector_product(model, batch, v, batch_size), list(validation_grad), damping, tol, max_iter
+        lambda v: product(model, batch, v, batch_size), list(validation_grad), damping, tol, max_iter
     )
     scores = []
     for x, y in zip(*batch, strict=True):

@@ -102,7 +102,7 @@ def check_groups(rank, model, batch, V):
         assert error(made.matmat(V), GaussNewton(model, batch).matmat(V)) < 1e-12
 
 
-@pytest.mark.parametrize("world", SHARES)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_products(world):
     start(check_products, world)
 

@@ -99,6 +99,6 @@ def check_failures(rank, model, mine, mine_val):
         EKFAC(model, (mine[0] * torch.nan, mine[1]) if rank == 0 else mine, group="world").mean_eigenvalue()
 
 
-@pytest.mark.parametrize("world", SHARES)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_scores(world):
     start(check, world)

@@ -49,8 +49,13 @@ def forward_mode(this, s):
     def losses(values):
         return this.loss(functional_call(this.model, values, (this.batch[0],)), this.batch[1])
 
-    with sdpa_kernel(SDPBackend.MATH):
-        return jvp(losses, (values,), (tangents,))[1]
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it has no forward mode
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return jvp(losses, (values,), (tangents,))[1]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def materialised(this, s):
@@ -64,7 +69,9 @@ ROUTES = {
     "dots": lambda this, s: per_sample_grad_dots(this.model, this.batch, s, loss=this.loss),
     "materialised": materialised,
     "objective": lambda this, s: Objective(this.model, this.batch, this.loss).dots(s[None])[:, 0],
-    "weighted step": lambda this, s: -weighted_step(this.model, this.batch, direction=s, loss=this.loss).phi,
+    "weighted step": lambda this, s: -weighted_step(
+        this.model, this.batch, torch.ones(len(this.batch[0]), dtype=torch.float64), direction=s, loss=this.loss
+    ).phi,
 }
 
 
@@ -79,13 +86,13 @@ def test_dots(name, route):
         this.model.zero_grad()
 
 
-@pytest.mark.parametrize("method", ["cg", "exact", "minres"])
+@pytest.mark.parametrize("method", ["cg", "exact"])
 @pytest.mark.parametrize("name", MODELS)
 def test_solves(name, method):
     s, phi = truth(name)
     this = problem(name)
     options = {} if method == "exact" else {"tol": 1e-12, "max_iter": 2000}
-    operator = GaussNewton(this.model, this.batches(4, len(this.batch[0]) - 4), loss=this.loss)
+    operator = GaussNewton(this.model, this.batch, loss=this.loss)
     solution = solve(operator, validation_gradient(this), method, damping=DAMPING, **options)
     assert error(solution.x, s) < EXACT
     assert error(-per_sample_grad_dots(this.model, this.batch, solution.x, loss=this.loss), phi) < EXACT

@@ -89,6 +89,8 @@ def test_singular_systems():
     assert (solution.converged, solution.reason) == (False, "singular")
     least = torch.linalg.lstsq(C, b[:, None], driver="gelsd").solution[:, 0]
     torch.testing.assert_close(C @ solution.x, C @ least, rtol=1e-5, atol=1e-6)
+    r = b - C @ solution.x
+    assert (C @ r).norm() <= 1e-8 * C.norm() * r.norm()  # the nearest iterate, not the one after it
     assert solution.iterations < 100
     narrow = minres(rows_of(C.float()), b.float(), tol=1e-4)
     assert narrow.reason == "singular"
@@ -101,6 +103,12 @@ def test_says_when_it_ran_out_of_steps():
     solution = minres(rows_of(C), b, tol=1e-8, max_iter=5)
     assert (solution.converged, solution.reason, solution.iterations) == (False, "max_iter", 5)
     assert minres(rows_of(C), b, tol=None, max_iter=7).iterations == 7
+
+
+def test_far_past_an_exact_solution():
+    C = matrix_of(torch.tensor([-2.0, 1.0, 1.0, 5.0], dtype=torch.float64))
+    for matrix, b in ((C, torch.randn(4, dtype=torch.float64)), (torch.eye(4), torch.ones(4))):
+        assert minres(rows_of(matrix), b, tol=None, max_iter=60).residual < 1e-6
 
 
 def test_float32_says_when_its_digits_are_spent():

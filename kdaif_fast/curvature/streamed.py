@@ -17,7 +17,7 @@ from ..batched import KeptBackward
 from .operator import CurvatureOperator
 
 VECTORS_AT_ONCE = 1 << 30
-"""Bytes that the outputs' tangents and the products of one chunk of vectors may take, unless `memory` says else."""
+"""Bytes that a chunk of vectors may take: its products, tangents, and what is inside the graphs on the way."""
 
 
 class StreamedCurvature(CurvatureOperator):
@@ -31,8 +31,8 @@ class StreamedCurvature(CurvatureOperator):
         params: names (of parameters or submodules), parameters or submodules; default all that require grad.
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if all activations of the
             data set fit into memory. One batch's is always kept.
-        memory: bytes that products with many vectors may use beyond the linearisation; default 1 GiB. More vectors
-            than that allows are multiplied in several chunks.
+        memory: bytes that products with many vectors may use beyond the linearisation and the products themselves;
+            default 1 GiB. More vectors than that allows are multiplied in several chunks, of one vector at least.
         group: a process group, or "world": every rank has its own share of the samples, of any size, and all get the
             product over all of them. All ranks have to call together.
 

@@ -22,9 +22,10 @@ from .per_sample import (
     per_sample_grads,
     weighted_step,
 )
-from .solvers import ConvergenceWarning
+from .solvers import ConvergenceError, ConvergenceWarning
 
 __all__ = [
+    "ConvergenceError",
     "ConvergenceWarning",
     "DistillationLoss",
     "MissingKernelsWarning",

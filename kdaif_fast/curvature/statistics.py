@@ -162,7 +162,7 @@ class Statistics:
 
     def _reduce(self, blocks: Blocks) -> None:
         """Add up over ranks, and make means of squares of the sums."""
-        total = add_over_ranks(torch.tensor(float(self.samples), device=self._like.device), self._ranks)
+        total = add_over_ranks(torch.tensor(self.samples, device=self._like.device), self._ranks)
         self.samples = int(total)
         if not self.samples:
             raise ValueError(f"{self._batches.name} is empty on every rank")

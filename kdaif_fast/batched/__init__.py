@@ -1,5 +1,7 @@
 """K backward passes through one kept graph, walked together."""
 
-from .kept import KeptBackward
+from .backward import NotBatchableError
+from .chain import Chain
+from .kept import AGREEMENT, KeptBackward
 
-__all__ = ["KeptBackward"]
+__all__ = ["AGREEMENT", "Chain", "KeptBackward", "NotBatchableError"]

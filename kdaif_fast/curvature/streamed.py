@@ -110,6 +110,8 @@ class StreamedCurvature(CurvatureOperator):
         return add_over_ranks(total, self._group).div_(self.samples)
 
     def _batch_in_chunks(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        if len(vectors) == 1:
+            return self._batch_products(objective, vectors, index)
         chunks = vectors.split(objective.most_vectors(self._memory, self._walks(objective)))
         if len(chunks) == 1:
             return self._batch_products(objective, vectors, index)

@@ -23,7 +23,7 @@ from ._model import (
     unpack_batch,
 )
 from ._tree import shaped, unstack, wide_dtype
-from .batched import KeptBackward, closed_form_norms
+from .batched import AGREEMENT, Chain, KeptBackward, NotBatchableError, closed_form_norms
 
 # By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
 # far below what a missing derivative does.
@@ -113,6 +113,8 @@ class Objective:
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """J^T U: K directions in the outputs, [K, N, ...], taken back to the parameters, [K, P]."""
+        if len(cotangents) == 1 and self._chain is not None and self._chain.is_current:
+            return self._chain.pull(cotangents[0])[None]
         products, found = self._products(self.pulling, [cotangents])
         if not any(found):
             raise ValueError(self._independent())
@@ -123,8 +125,10 @@ class Objective:
 
         The map u -> J^T u is linear, so its own transpose, one more backward pass through the graph kept, is J v.
         That reuses every activation, and the engine that runs it is compiled: forward mode would redo the forward
-        pass, in Python.
+        pass, in Python. A chain of layers needs neither for a single vector.
         """
+        if len(directions) == 1 and self._chain is not None and self._chain.is_current:
+            return self._chain.push(directions[0])[None]
         pushing, used = self.pushing, self._transposed[1][1]
         if pushing is None:
             raise ValueError(self._independent())
@@ -142,6 +146,19 @@ class Objective:
 
     def _kept(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> KeptBackward:
         return KeptBackward(outputs, inputs, _walkable.setdefault(self._model, {}))
+
+    @cached_property
+    def _chain(self) -> Chain | None:
+        """The network as layers one after the other, if that is what it is."""
+        try:
+            chain = Chain(self.outputs, self._tensors)
+        except NotBatchableError:
+            return None
+        known = _walkable.setdefault(self._model, {})
+        key = (chain.kinds, self.outputs.dtype, self.outputs.device.type)
+        if key not in known:
+            known[key] = chain.agrees(AGREEMENT[self.outputs.dtype])
+        return chain if known[key] else None
 
     @cached_property
     def pulling(self) -> KeptBackward:

@@ -31,6 +31,8 @@ class Product:
     def formed(self) -> Tensor:
         """[K, m, n], fresh."""
         left, right = self.left, self.right
+        if self.count == 1:  # bmm is slower than mm at that
+            return torch.mm(left.flatten(0, -2), right.flatten(0, -2))[None]
         if right.dim() == 2:  # K belongs to the rows: one large product
             rows = left.reshape(-1, left.shape[-1]) @ right
             return rows.view(*left.shape[:-1], right.shape[-1])

@@ -24,21 +24,21 @@ VECTORS_AT_ONCE = 1 << 30
 class StreamedCurvature(CurvatureOperator):
     """The mean over samples of a matrix that each sample has, of a model's loss on a batch or a whole data set.
 
-        Args:
-            model: any module whose samples are independent (eval mode for BatchNorm and Dropout).
-            data: one batch, (inputs, targets[, teacher_logits]) or a mapping with those keys; or a loader of batches, which
-                is gone through once for every product and has to give the same samples each time (no random augmentation).
-            loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
-            params: names (of parameters or submodules), parameters or submodules; default all that require grad.
-            keep_graphs: keep every batch's linearisation of a loader: products cost about half, if all activations of the
-                data set fit into memory. One batch's is always kept.
-            memory: bytes that products with many vectors may use beyond the linearisation and the products themselves;
-            default 1 GiB. More vectors than that allows are multiplied in several chunks, of one vector at least.
-        group: a process group, or "world": every rank has its own share of the samples, of any size (a loader without
-            a batch is one too), and all get the product over all of them. All ranks have to call together. What is
-            raised while one of them goes through its share, all raise.
+    Args:
+        model: any module whose samples are independent (eval mode for BatchNorm and Dropout).
+        data: one batch, (inputs, targets[, teacher_logits]) or a mapping with those keys; or a loader of batches, which
+            is gone through once for every product and has to give the same samples each time (no random augmentation).
+        loss: function (outputs, targets[, teacher_logits]) -> [N]; default cross-entropy, or kd_loss with a teacher.
+        params: names (of parameters or submodules), parameters or submodules; default all that require grad.
+        keep_graphs: keep every batch's linearisation of a loader: products cost about half, if all activations of the
+            data set fit into memory. One batch's is always kept.
+        memory: bytes that products with many vectors may use beyond the linearisation and the products themselves;
+        default 1 GiB. More vectors than that allows are multiplied in several chunks, of one vector at least.
+    group: a process group, or "world": every rank has its own share of the samples, of any size (a loader without
+        a batch is one too), and all get the product over all of them. All ranks have to call together. What is
+        raised while one of them goes through its share, all raise.
 
-        Memory: the graph of one forward and one backward pass over a batch, kept as long as the operator for one batch.
+    Memory: the graph of one forward and one backward pass over a batch, kept as long as the operator for one batch.
     """
 
     def __init__(
@@ -140,6 +140,8 @@ class StreamedCurvature(CurvatureOperator):
         return add_over_ranks(total, self._group).div_(self._count())
 
     def _batch_in_chunks(self, objective: Objective, vectors: Tensor, index: int) -> Tensor:
+        if len(vectors) == 1:
+            return self._batch_products(objective, vectors, index)
         chunks = vectors.split(objective.most_vectors(self._memory, self._walks(objective)))
         if len(chunks) == 1:
             return self._batch_products(objective, vectors, index)

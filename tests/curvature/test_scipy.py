@@ -8,18 +8,18 @@ from scipy.sparse.linalg import aslinearoperator, cg, eigsh, minres, svds
 from kdaif_fast.curvature import GaussNewton, Hessian, Identity
 from tests.curvature.truth import problem
 
-DAMPING = 0.01
+DAMPING = 0.2
 
 
 @pytest.mark.parametrize(("operator", "solve"), [(GaussNewton, cg), (Hessian, minres)])
 def test_solves(operator, solve):
     this = problem("mlp")
-    view = operator(this.model, this.batches(4, 5)).to_scipy(damping=DAMPING)
+    view = operator(this.model, this.batch).to_scipy(damping=DAMPING)
     assert view.shape == (this.P, this.P)
     assert view.dtype == np.float64
     matrix = this.gauss_newton if operator is GaussNewton else this.hessian
     b = torch.randn(this.P, dtype=torch.float64)
-    x, failed = solve(view, b.numpy(), rtol=1e-11)
+    x, failed = solve(view, b.numpy(), rtol=1e-9)
     assert not failed
     expected = torch.linalg.solve(matrix + DAMPING * torch.eye(this.P), b)
     assert (torch.as_tensor(x) - expected).norm() < 1e-4 * expected.norm()

@@ -3,6 +3,7 @@
 # make test-slow   what takes minutes: fresh installs in every build mode, the whole demo
 # make lint        ruff and mypy
 # make bench       benchmarks, with ratios measured in one run
+# make bench-peers influence scores against other libraries, which are put into a folder of their own (long)
 #
 # Each makes its own virtual environment in .venv the first time. Nothing but python3 (>= 3.10), pip, g++ and make
 # need be there.
@@ -17,7 +18,7 @@ CURVLINOPS ?= curvlinops-for-pytorch==3.0.1
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -39,8 +40,16 @@ bench: $(VENV)/.installed-bench
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini --benchmark-json=runs/bench.json
 
+bench-peers: $(VENV)/.installed-bench $(VENV)-peers/.installed
+	$(BIN)/python benchmarks/bench_influence.py --peers $(VENV)-peers
+
+# Without dependencies, and beside the environment: nothing of it can replace torch or numpy.
+$(VENV)-peers/.installed: benchmarks/peers.txt $(VENV)/.torch
+	$(BIN)/python -m pip install --target $(VENV)-peers --upgrade --no-deps -r benchmarks/peers.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info kdaif_fast/*.so kdaif_fast/_build_report.json
+	rm -rf $(VENV) $(VENV)-peers build runs *.egg-info kdaif_fast/*.so kdaif_fast/_build_report.json
 
 # Debian's python3 has no ensurepip; there virtualenv, fetched into a folder of its own, makes the environment.
 $(VENV)/.created:

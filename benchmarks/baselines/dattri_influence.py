@@ -24,9 +24,9 @@ def dattri_influence_scores(model: nn.Module, batch, val, damping: float, tol: f
 
     task = AttributionTask(loss, model, checkpoints=dict(model.state_dict()), target_func=sample_loss)
     attributor = IFAttributorCG(task, max_iter=max_iter, tol=tol, regularization=damping)
-    validation = attributor.generate_test_rep(0, tuple(part.unsqueeze(1) for part in val)).mean(0, keepdim=True)
+    validation = attributor.generate_test_rep(0, tuple(part.unsqueeze(0) for part in val)).mean(0, keepdim=True)
     attributor.transformation_kwargs["tol"] = tol * float(validation.norm())
     attributor.cache(DataLoader(TensorDataset(*batch), batch_size=len(batch[0])))
     s = attributor.transform_test_rep(0, validation)
-    train = attributor.generate_train_rep(0, tuple(part.unsqueeze(1) for part in batch))
+    train = attributor.generate_train_rep(0, tuple(part.unsqueeze(0) for part in batch))
     return -(train @ s.T)[:, 0].detach()

@@ -81,10 +81,8 @@ class _Linear(_Layer):
 
     def __init__(self, node: Any, has_bias: bool, weight: Any, bias: Any) -> None:
         super().__init__(weight, bias)
-        self.inputs: Any = None
-        if weight is not None:
-            self.inputs = node._saved_mat1 if has_bias else node._saved_self
-        self.matrix = node._saved_mat2  # [in, out]; None in the first layer
+        self.inputs: Any = (node._saved_mat1 if has_bias else node._saved_self) if weight is not None else None
+        self.matrix: Any = node._saved_mat2  # [in, out]; None in the first layer
         if has_bias and (node._saved_alpha != 1 or node._saved_beta != 1):
             raise NotBatchableError("a scaled addmm")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from .._model import Loss, Params, plain_model, select_parameters
 from .._objective import Objective
 from ..batched import KeptBackward
 from .ekfac import EKFAC
+from .kfac import KFAC
 from .operator import CurvatureOperator
+
+Factored = TypeVar("Factored", bound=KFAC)
 
 VECTORS_AT_ONCE = 1 << 30
 """Bytes that a chunk of vectors may take: its products, tangents, and what is inside the graphs on the way."""
@@ -117,14 +120,21 @@ class StreamedCurvature(CurvatureOperator):
             self._samples = int(total)
         return self._samples
 
-    def ekfac(self, **options: Any) -> EKFAC:
-        """EK-FAC of the same loss on the same data: an approximate inverse by `.solve`, or a preconditioner for cg.
+    def kfac(self, **options: Any) -> KFAC:
+        """K-FAC of the same loss on the same data: an approximate inverse by `.solve`, or a preconditioner for cg.
 
         Args:
-            options: those of `EKFAC`, such as fisher; the model, the loss, the parameters and the group are this one's.
+            options: those of `KFAC`, such as fisher; the model, the loss, the parameters and the group are this one's.
         """
+        return self._factored(KFAC, options)
+
+    def ekfac(self, **options: Any) -> EKFAC:
+        """EK-FAC of the same loss on the same data, likewise."""
+        return self._factored(EKFAC, options)
+
+    def _factored(self, kind: type[Factored], options: dict[str, Any]) -> Factored:
         chosen = list(self.parameters.values())
-        return EKFAC(self._model, self._batches, loss=self._loss, params=chosen, group=self._group, **options)
+        return kind(self._model, self._batches, loss=self._loss, params=chosen, group=self._group, **options)
 
     def _products(self, vectors: Tensor) -> Tensor:
         vectors = vectors.to(self.dtype)

@@ -76,6 +76,9 @@ LOOKS_GROW = 1.1
 SETTLED = 0.995
 """Spearman correlation with the look before from which on the ranking counts as settled, if it is so twice in a row."""
 
+SETTLED_PRECONDITIONED = 0.999
+"""The same with a preconditioner, whose last iterations change the ranking slowly."""
+
 RANK_TOLERANCE = 1e-4
 """The relative residual that ends the solve in any case."""
 
@@ -86,8 +89,8 @@ class RankSettled:
     Every query has a ranking of its own; all have to settle, on every rank of the group.
     """
 
-    def __init__(self, score: Callable[[Tensor], Tensor], group: Group = None) -> None:
-        self._score, self._group = score, group
+    def __init__(self, score: Callable[[Tensor], Tensor], group: Group = None, threshold: float = SETTLED) -> None:
+        self._score, self._group, self._threshold = score, group, threshold
         self._before: Tensor | None = None
         self._iterations, self._next, self._settled = 0, 0, 0
 
@@ -101,7 +104,7 @@ class RankSettled:
         self._before = ranks
         if before is None:
             return False
-        is_settled = bool((spearman(ranks, before) >= SETTLED).all())
+        is_settled = bool((spearman(ranks, before) >= self._threshold).all())
         self._settled = self._settled + 1 if agree(is_settled, self._group, ranks.device) else 0
         return self._settled == 2
 

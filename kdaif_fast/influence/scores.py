@@ -15,8 +15,9 @@ from .._model import Loss, Params, plain_model, select_parameters
 from ..curvature import CurvatureOperator, StreamedCurvature, make_curvature
 from ..solvers import Solution
 from .loaders import require_every_sample, require_order, samples_in
+from .preconditioning import check_preconditioner
 from .queries import check_queries
-from .rank import RankSettled, sample_scores
+from .rank import SETTLED, SETTLED_PRECONDITIONED, RankSettled, sample_scores
 from .result_file import ResultFile
 from .resuming import load_solution, open_result, save_solution
 from .solving import Tolerance, check_settings, solve_queries
@@ -150,7 +151,9 @@ def influence_scores(
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if it fits into memory.
         memory: bytes that the vectors of the solve, and the products of many vectors, may take each beyond the
             linearisation; default 1 GiB. More queries than that allows are solved in several groups.
-        solver_options: more arguments of the solver, by name: {"rank": 100}, {"preconditioner": ...}.
+        solver_options: more arguments of the solver, by name, such as {"rank": 100}. {"preconditioner": ...} of "cg"
+            may be "kfac", "ekfac", "none", what `solvers.cg` takes, or "auto" (default): K-FAC where `tol` is "rank" or
+            at least 3e-2, the curvature is "ggn" or "monte_carlo_fisher", and its factors are worth their cost.
 
     Returns:
         phi, [N], in the order of the samples; [N, K] for K queries. float32 (float64 for float64 models), in nats. With
@@ -192,6 +195,7 @@ def influence_scores(
     """
     check_settings(solver, damping, tol, max_iter)
     check_queries(queries)
+    check_preconditioner(solver_options)
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
@@ -243,7 +247,11 @@ def influence_scores(
                 strict=strict,
                 memory=memory,
                 options=solver_options or {},
-                settled=lambda: RankSettled(sample_scores(model, train, loss, chosen), group),
+                settled=lambda preconditioned: RankSettled(
+                    sample_scores(model, train, loss, chosen),
+                    group,
+                    SETTLED_PRECONDITIONED if preconditioned else SETTLED,
+                ),
                 progress=bars,
             )
             if file is not None:

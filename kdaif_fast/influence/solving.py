@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..curvature import CurvatureOperator, Identity
 from ..solvers import SOLVERS, Solution, auto_damping, check_limits, solve
+from .preconditioning import choose_preconditioner
 from .rank import LOOKS_EVERY, RANK_TOLERANCE, RankSettled
 
 Tolerance = float | Literal["rank"] | None
@@ -19,6 +20,9 @@ VECTORS_OF_A_SOLVE = 8
 
 MEMORY = 1 << 30
 """Bytes for them, unless `memory` says else."""
+
+ROUGH = 3e-2
+"""The relative residual from which on a solve counts as a rough one."""
 
 ITERATIVE = ("cg", "minres", "lissa")
 """Solvers whose cost is by right-hand side; the others form something first that all should share."""
@@ -44,24 +48,28 @@ def solve_queries(
     strict: bool,
     memory: int | None,
     options: Mapping[str, Any],
-    settled: Callable[[], RankSettled],
+    settled: Callable[[bool], RankSettled],
     progress: bool | None,
 ) -> Solution:
     """(C + damping I)^-1 b for every row of b [K, P]; x takes the place of b. With K = 1, x is [P].
 
-    settled: makes what tells whether the ranking has, for tol="rank".
+    settled: makes what tells whether the ranking has, for tol="rank"; told whether there is a preconditioner.
     """
     if isinstance(operator, Identity):
         return _undirected(b, 0.0 if damping == "auto" else float(damping))
     # Of the mean: the same damping whatever is asked about, and however it is split.
     lam = auto_damping(operator, b.mean(0)) if damping == "auto" else float(damping)
     rows = b.split(_at_once(b, solver, memory))
+    given = dict(options)
+    if solver == "cg":
+        is_rough = tol == "rank" or (tol is not None and tol >= ROUGH)
+        given["preconditioner"] = choose_preconditioner(given.get("preconditioner", "auto"), operator, is_rough, memory)
     with _Watched(operator, progress) as watched:
         parts = []
         for some in rows:
-            extra = dict(options)
+            extra = dict(given)
             if tol == "rank":
-                extra |= {"stop": settled(), "stop_every": LOOKS_EVERY}
+                extra |= {"stop": settled(given["preconditioner"] is not None), "stop_every": LOOKS_EVERY}
             part = solve(
                 watched,
                 some[0] if len(b) == 1 else some,

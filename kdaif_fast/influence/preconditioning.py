@@ -30,9 +30,9 @@ def check_preconditioner(options: Mapping[str, Any] | None) -> None:
 def choose_preconditioner(chosen: Any, operator: CurvatureOperator, is_rough: bool, memory: int | None) -> Any:
     """The preconditioner itself: what was given, the one of that name, or None.
 
-    "auto" is K-FAC for rough solves with Gauss-Newton or Fisher matrices, if its factors are small enough. It halves
-    the time until a ranking has settled in networks that are still learning (rank.py has the table), and a residual of
-    1e-1 takes a fifth of the products (digits); but twice as many to 1e-4, so it is for rough solves only.
+    "auto" is K-FAC for rough solves with Gauss-Newton or Fisher matrices, if its factors are small enough: a residual
+    of 3e-2 takes a quarter of the products (rank.py has a table), but one of 1e-4 twice as many. A ranking settles
+    sooner with it too, but less reliably, so that tol="rank" has to be stricter and gains nothing in the end.
 
     Args:
         chosen: None or a name of `NAMES`, or a preconditioner.

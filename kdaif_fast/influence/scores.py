@@ -152,8 +152,8 @@ def influence_scores(
         memory: bytes that the vectors of the solve, and the products of many vectors, may take each beyond the
             linearisation; default 1 GiB. More queries than that allows are solved in several groups.
         solver_options: more arguments of the solver, by name, such as {"rank": 100}. {"preconditioner": ...} of "cg"
-            may be "kfac", "ekfac", "none", what `solvers.cg` takes, or "auto" (default): K-FAC where `tol` is "rank" or
-            at least 3e-2, the curvature is "ggn" or "monte_carlo_fisher", and its factors are worth their cost.
+            may be "kfac", "ekfac", "none", what `solvers.cg` takes, or "auto" (default): K-FAC where `tol` is at least
+            3e-2, the curvature is "ggn" or "monte_carlo_fisher", and its factors are worth their cost.
 
     Returns:
         phi, [N], in the order of the samples; [N, K] for K queries. float32 (float64 for float64 models), in nats. With

@@ -62,7 +62,7 @@ def solve_queries(
     rows = b.split(_at_once(b, solver, memory))
     given = dict(options)
     if solver == "cg":
-        is_rough = tol == "rank" or (tol is not None and tol >= ROUGH)
+        is_rough = isinstance(tol, float) and tol >= ROUGH
         given["preconditioner"] = choose_preconditioner(given.get("preconditioner", "auto"), operator, is_rough, memory)
     with _Watched(operator, progress) as watched:
         parts = []

@@ -15,6 +15,14 @@ from .looks import FEW_LEFT, looks_every
 from .solution import Solution
 from .system import System, check_count, relative
 
+# What the recurrence takes for the residual and the true one part by about this times sqrt(iterations) |C| |x| and the
+# dtype's rounding. Where that is more than the residual, and than half of what is asked for, the true one counts.
+DOUBTFUL = 0.3
+
+# A true residual that is above tol by no more than this comes below it when the recurrence starts from it again.
+NEAR = 2.0
+RESTARTS = 2
+
 WENT_WRONG = ("negative curvature", "singular", "diverged", "indefinite preconditioner")
 
 
@@ -46,10 +54,12 @@ def cg(
         stop_every: iterations between calls of it.
 
     Returns:
-        The solution, with the residual that the recurrence has. A direction along which C + damping I is not positive
-        ends a right-hand side with the reason "negative curvature" (or "singular", if it is zero to rounding), and so
-        does a residual that grows without end ("diverged", as rounding makes it for matrices that are nearly singular).
-        Then x is the iterate of least residual; the first direction itself (b, or M^-1 b), if that was already of this
+        The solution, with the residual that the recurrence has, or the true one (for one more product) where rounding
+        may have parted the two. If that is a little above tol, the recurrence goes on from it; else the reason is
+        "rounding". A direction along which C + damping I is not positive ends a right-hand side with the reason
+        "negative curvature" (or "singular", if it is zero to rounding), and so does a residual that grows without end
+        ("diverged", as rounding makes it for matrices that are nearly singular). Then x is the iterate of least
+        residual; the first direction itself (b, or M^-1 b), if that was already of this
         kind. details: "iterations" of each right-hand side; "lowest_curvature" and "highest_curvature", the extreme
         p . (C + damping I) p / p . p met.
 
@@ -73,7 +83,8 @@ def cg(
     columns = Columns.start(system.rows, precondition, tol)
     look = looks_every(b.device)
     done: list[Columns] = []
-    iterations, is_stopped = 0, False
+    iterations, is_stopped, restarts = 0, False, 0
+    true: Tensor | None = None
     products = max_iter if tol is None or bool(system.squares.any()) else 0
     while iterations < products:
         _iterate(system, columns, precondition, iterations == 0)
@@ -85,12 +96,16 @@ def cg(
             continue
         running = columns.running_count()
         if running == 0:
-            break
-        if running <= FEW_LEFT * len(columns.x):
+            columns, done = columns.joined(done), []
+            true, goes_on = _start_again(system, columns, precondition, restarts < RESTARTS)
+            if not goes_on:
+                break
+            restarts += 1
+        elif running <= FEW_LEFT * len(columns.x):
             is_running = columns.is_running()
             done.append(columns.at(~is_running))
             columns = columns.at(is_running)
-    return _finish(system, columns.joined(done), iterations, is_stopped)
+    return _finish(system, columns.joined(done), iterations, is_stopped, true)
 
 
 def _iterate(system: System, columns: Columns, precondition: Callable[[Tensor], Tensor] | None, is_first: bool) -> None:
@@ -104,6 +119,35 @@ def _iterate(system: System, columns: Columns, precondition: Callable[[Tensor], 
     else:
         z = precondition(columns.r)
         torch.addcmul(z, columns.p, columns.conjugate(rr, CG_DOTS(columns.r, z)[0]), out=columns.p)
+
+
+def _doubtful(system: System, columns: Columns) -> Tensor:
+    """Where rounding may have parted the recurrence's residual from the true one, bool [K] on the CPU."""
+    size, epsilon = columns.x.norm(dim=1, dtype=torch.float64).cpu(), torch.finfo(columns.x.dtype).eps
+    rr, highest, iterations = (
+        torch.tensor(columns.numbers(name), dtype=torch.float64) for name in ("rr", "highest", "iterations")
+    )
+    apart = DOUBTFUL * iterations.sqrt() * epsilon * highest.max().clamp(min=0) * size
+    return apart > torch.maximum(rr.sqrt(), (system.tol or 0) / 2 * system.squares.sqrt())
+
+
+def _start_again(
+    system: System, columns: Columns, precondition: Callable[[Tensor], Tensor] | None, allowed: bool
+) -> tuple[Tensor | None, bool]:
+    """True residuals [K], if they had to be looked at, and whether columns for which it is worth it go on from them."""
+    assert system.tol is not None
+    goals = system.tol * system.squares.sqrt()
+    is_done = torch.tensor(columns.numbers("rr"), dtype=torch.float64).sqrt() <= goals
+    is_checked = is_done & _doubtful(system, columns)
+    if not bool(is_checked.any()):
+        return None, False
+    r = system.rows - system.damped(columns.x)
+    sizes = r.norm(dim=1, dtype=torch.float64).cpu()
+    which = (is_checked & (sizes > goals) & (sizes <= NEAR * goals)).nonzero()[:, 0].to(r.device)
+    if not allowed or not len(which):
+        return relative(sizes.square(), system.squares), False
+    columns.restart(which, r[which], precondition)
+    return None, True
 
 
 def _preconditioner(preconditioner: Any, damping: float) -> Callable[[Tensor], Tensor] | None:
@@ -129,7 +173,7 @@ def _preconditioner(preconditioner: Any, damping: float) -> Callable[[Tensor], T
     return checked
 
 
-def _finish(system: System, columns: Columns, iterations: int, is_stopped: bool) -> Solution:
+def _finish(system: System, columns: Columns, iterations: int, is_stopped: bool, true: Tensor | None) -> Solution:
     names = ("rr", "best_rr", "first_rr", "lowest", "highest", "last", "iterations", "running", "better", "indefinite")
     state = [dict(zip(names, values, strict=True)) for values in zip(*(columns.numbers(n) for n in names), strict=True)]
     squares, epsilon = system.squares.tolist(), torch.finfo(columns.x.dtype).eps
@@ -144,6 +188,15 @@ def _finish(system: System, columns: Columns, iterations: int, is_stopped: bool)
                 columns.x[k] = columns.best[k]
             column["rr"] = column["best_rr"]
     residuals = relative(torch.tensor([column["rr"] for column in state], dtype=torch.float64), system.squares)
+    is_doubtful = _doubtful(system, columns)
+    if bool(is_doubtful.any()):
+        if true is None or any(reason != "tolerance" for reason in reasons):
+            true = system.residuals(columns.x)
+        residuals = torch.where(is_doubtful, true, residuals)
+        reasons = [
+            "rounding" if reason == "tolerance" and system.tol and not residual <= system.tol else reason
+            for reason, residual in zip(reasons, residuals.tolist(), strict=True)
+        ]
     extremes = {
         f"{name}_curvature": system.per_column(torch.tensor([column[name] for column in state], dtype=torch.float64))
         for name in ("lowest", "highest")

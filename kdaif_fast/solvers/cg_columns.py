@@ -140,6 +140,21 @@ class Columns:
             rest.sub_(self.p, alpha=damping)
         self.first_rr = self._as_scalar(_sums(rest, rest))
 
+    def restart(self, which: Tensor, r: Tensor, precondition: Callable[[Tensor], Tensor] | None) -> None:
+        """Let some columns, given by their positions, go on with other residuals, without what they know so far."""
+        self.settle()
+        z = r if precondition is None else precondition(r)
+        self.r[which], self.p[which] = r, z
+        self.rr, self.rz = self._with(self.rr, which, _sums(r, r)), self._with(self.rz, which, _sums(r, z))
+        self.best_rr = self._with(self.best_rr, which, _sums(r, r))
+        self.better = self._with(self.better, which, torch.ones_like(which, dtype=torch.bool))
+        self.running = self._with(self.running, which, _sums(r, z) > 0)
+
+    def _with(self, values: Any, which: Tensor, given: Tensor) -> Any:
+        tensor = self._as_tensor(values).clone()
+        tensor[which] = given
+        return self._as_scalar(tensor)
+
     def keep(self) -> Tensor:
         """Where x is the best iterate so far, bool [K]."""
         return self._as_tensor(self.better)

@@ -33,7 +33,7 @@ class System:
         self.name, self.operator = name, operator
         self.damping, self.tol = float(damping), tol
         self.is_one = b.dim() == 1
-        rows = (b[None] if self.is_one else b).detach()
+        rows = (b[None] if self.is_one else b).detach().contiguous()  # kernels write to vectors laid out like these
         # A b of zeros keeps its unit, so that x is 0 and not 0 / 0.
         self.units = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(b.dtype).tiny)
         self.rows = rows / self.units

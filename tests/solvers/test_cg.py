@@ -34,6 +34,29 @@ def test_says_when_it_ran_out_of_steps():
     assert solution.residual > 1e-8
 
 
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, None])
+def test_a_residual_that_rounding_has_made_up_is_not_believed(tol):
+    values = torch.cat([torch.ones(10), torch.linspace(1, 2, 190) * 1e-6]).double()
+    C, b = matrix_of(values, torch.float32), torch.randn(3, 200)
+    solution = cg(rows_of(C), b, tol=tol, max_iter=40)
+    true = residuals_of(C, solution.x, b)
+    assert (true > 5e-3).all()  # what float32 can do here; the recurrence believes in 1e-5 and less
+    torch.testing.assert_close(solution.residual, true, rtol=1, atol=0)
+    assert not solution.converged
+
+
+def test_goes_on_from_the_true_residual_where_that_helps():
+    C, b = matrix_of(spectrum(100, 1e4), torch.float32), torch.randn(8, 100)
+    solution = cg(rows_of(C), b, tol=1e-3, max_iter=2000)
+    assert solution.converged
+    assert (residuals_of(C, solution.x, b) <= 1.2e-3).all()
+
+
+def test_right_hand_sides_in_any_layout():
+    C, b = matrix_of(spectrum()), torch.randn(40, 4, dtype=torch.float64)
+    torch.testing.assert_close(cg(rows_of(C), b.T).x, cg(rows_of(C), b.T.contiguous()).x)
+
+
 @pytest.mark.usefixtures("device")
 def test_a_fixed_number_of_steps():
     C, b = system(condition=10)
@@ -165,9 +188,9 @@ def test_right_hand_sides_that_are_done_are_not_multiplied():
 
 def test_float32_reaches_what_float32_can():
     C, b = system(60, 1e3)
-    solution = cg(rows_of(C.float()), b.float(), tol=1e-5)
+    solution = cg(rows_of(C.float()), b.float(), tol=1e-4)
     assert solution.converged
-    assert residuals_of(C.float(), solution.x, b) < 3e-5
+    assert residuals_of(C.float(), solution.x, b) < 1.01e-4
     nothing_left = cg(rows_of(C.float()), b.float(), tol=1e-12, max_iter=1000)
     assert nothing_left.reason in ("rounding", "tolerance")
     assert nothing_left.iterations < 1000

@@ -135,7 +135,8 @@ def influence_scores(
         queries: whose loss is asked about: "mean", the mean loss of `val`; "per_sample", each of its samples';
             "per_class", the mean over the samples of each class, in ascending order of the classes that `val` has.
         out: a path that ends in .npy or .safetensors (tensor "phi"), which the scores are written to as they come, with
-            a record beside it.
+            a record beside it. Costs one pass over the data without the model, which tells whether they are the same
+            as those of a run before.
         resume: go on with what a run that was killed has left at `out`: neither the solve nor scores that are written
             are done again, and the result is the same, bit for bit. False starts over.
         progress: show progress bars; None shows them on a terminal only, and for loaders only.
@@ -202,8 +203,11 @@ def influence_scores(
                 require_every_sample(given, name)
                 if name != "val" or queries == "per_sample":
                     require_order(given, name)
-            train, validation = Batches(batch, "batch", device), Batches(val, "val", device)
-            curved = train if curvature_data is None else Batches(curvature_data, "curvature_data", device)
+            train = Batches(batch, "batch", device, in_order=True)
+            validation = Batches(val, "val", device, in_order=queries == "per_sample")
+            curved = (
+                train if curvature_data is None else Batches(curvature_data, "curvature_data", device, in_order=True)
+            )
         data = tuple(dict.fromkeys((train, validation, curved)))
         bars = False if progress is None and train.is_one else progress
         operator = make_curvature(
@@ -221,9 +225,7 @@ def influence_scores(
         if out is not None:
             file = open_result(out, resume, settings, model, operator, data, group)
         solution = (
-            None
-            if file is None
-            else load_solution(file, operator, data, group, must_converge=strict and tol is not None)
+            None if file is None else load_solution(file, operator, group, must_converge=strict and tol is not None)
         )
         if solution is None:
             b, labels = validation_gradients(
@@ -248,7 +250,7 @@ def influence_scores(
             )
             if file is not None:
                 with together(group, device):
-                    save_solution(file, solution, labels, data)
+                    save_solution(file, solution, labels)
         directions = solution.x if solution.x.dim() == 2 else solution.x[None]
         pieces = _scores(model, operator, train, curved, directions, loss, chosen, file, bars)
         phi = _collect(pieces, train, None if queries == "mean" else len(directions), directions.dtype, file)

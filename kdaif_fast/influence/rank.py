@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .._data import Batches, size_of
-from .._distributed import Group, agree
+from .._distributed import Group, agree, together
 from .._model import Batch, Loss, Params
 from .._objective import Objective
 
@@ -97,7 +97,8 @@ class RankSettled:
         if self._iterations < self._next:
             return False
         self._next = int(self._iterations * LOOKS_GROW) + 1
-        ranks, before = ranks_of(self._score(x.reshape(-1, x.shape[-1]))), self._before
+        with together(self._group, x.device):
+            ranks, before = ranks_of(self._score(x.reshape(-1, x.shape[-1]))), self._before
         self._before = ranks
         if before is None:
             return False

@@ -191,7 +191,7 @@ def influence_scores(
         >>> kdaif_fast.influence_scores(model, loader, val, damping=0.1, queries="per_class").shape
         torch.Size([20, 3])
     """
-    check_settings(solver, damping, tol, max_iter)
+    check_settings(solver, damping, tol, max_iter, memory)
     check_queries(queries)
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
@@ -221,6 +221,12 @@ def influence_scores(
             "max_iter": max_iter,
         }
         settings |= {"queries": queries, "loss": loss, "solver_options": solver_options}
+
+        def settled() -> RankSettled:
+            with together(group, device):
+                score = sample_scores(model, train, loss, chosen)
+            return RankSettled(score, group)
+
         file = None
         if out is not None:
             file = open_result(out, resume, settings, model, operator, data, group)
@@ -245,7 +251,7 @@ def influence_scores(
                 strict=strict,
                 memory=memory,
                 options=solver_options or {},
-                settled=lambda: RankSettled(sample_scores(model, train, loss, chosen), group),
+                settled=settled,
                 progress=bars,
             )
             if file is not None:

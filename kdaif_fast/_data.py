@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ._model import Batch, unpack_batch
+
+LOOKED_AT = 4096
+"""About how many elements of a tensor are looked at, at most, to know it again."""
 
 
 class Batches:
@@ -22,14 +26,25 @@ class Batches:
         name: what the caller calls the data.
         device: where a loader's tensors are moved to; None leaves them where they are. One batch is never moved.
         may_be_empty: whether a loader without a batch is one, as the share of one of many processes can be.
+        in_order: whether a loader has to give the same samples in the same order at every pass. Looked for are the
+            targets of all and the inputs of the first and the last sample of every batch, some thousand numbers of
+            each, as far as they are on the CPU.
 
     Raises:
         TypeError: an iterator, which can be gone through only once.
         ValueError (while iterating): no batch at all, unless there may be none; a pass with other numbers of batches or
-            samples than the first.
+            samples than the first; with `in_order`, one with other samples.
     """
 
-    def __init__(self, data: Any, name: str, device: torch.device | None = None, *, may_be_empty: bool = False) -> None:
+    def __init__(
+        self,
+        data: Any,
+        name: str,
+        device: torch.device | None = None,
+        *,
+        may_be_empty: bool = False,
+        in_order: bool = False,
+    ) -> None:
         self.name, self.device, self._may_be_empty = name, device, may_be_empty
         self.is_one = _is_batch(data)
         if not self.is_one and not isinstance(data, Iterable):
@@ -40,7 +55,9 @@ class Batches:
                 "DataLoader or a list of batches"
             )
         self._data = data
+        self._in_order = in_order and not isinstance(data, (list, tuple))  # those hold their batches
         self._first: tuple[int, int] | None = None
+        self._look: bytes | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Batch]]:
         """(label, batch) of each batch, in order."""
@@ -48,19 +65,27 @@ class Batches:
             yield self.name, unpack_batch(self._data, self.name)
             return
         batches = samples = 0
+        seen = hashlib.blake2b(digest_size=16)
         for batch in self._data:
             label = f"batch {batches} of {self.name}"
             unpacked = unpack_batch(batch, label)
             batches, samples = batches + 1, samples + size_of(unpacked)
+            if self._in_order:
+                _look_at(unpacked, seen)
             yield label, self._moved(unpacked)
         if not batches and not self._may_be_empty:
             raise ValueError(f"{self.name} is empty: it gave no batch")
         if self._first is None:
-            self._first = batches, samples
+            self._first, self._look = (batches, samples), seen.digest()
         elif self._first != (batches, samples):
             raise ValueError(
                 f"{self.name} gave {batches} batches with {samples} samples, but {self._first[0]} with "
                 f"{self._first[1]} when it was first gone through; every pass has to give the same samples"
+            )
+        elif self._look != seen.digest():
+            raise ValueError(
+                f"{self.name} gave other samples, or the same in another order, than when it was first gone through: "
+                "no shuffling, and no random augmentation"
             )
 
     def _moved(self, batch: Batch) -> Batch:
@@ -99,6 +124,19 @@ def size_of(batch: Batch) -> int:
             if isinstance(leaf, Tensor) and leaf.dim():
                 return len(leaf)
     return 0
+
+
+def _look_at(batch: Batch, seen: Any) -> None:
+    """Take a part of a batch into a hash; all of it would cost more than a small model."""
+    size = size_of(batch)
+    for leaf in tree_leaves(tuple(batch)):
+        if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or leaf.layout != torch.strided:
+            continue
+        values = leaf.detach().resolve_conj().resolve_neg()
+        is_by_sample = values.dim() > 1 and 0 < len(values) == size
+        for part in (values[0], values[-1]) if is_by_sample else (values,):
+            some = part.reshape(-1)[:: 1 + part.numel() // LOOKED_AT]
+            seen.update(some.contiguous().view(torch.uint8).numpy().data)
 
 
 def _is_batch(data: Any) -> bool:

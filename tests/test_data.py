@@ -98,6 +98,35 @@ def test_passes_of_different_length(second, message):
         list(batches)
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        (X.flip(0), Y),  # targets alone do not tell
+        (X, Y.flip(0)),
+        (X + torch.tensor([[1.0], [0], [0], [0], [0]]), Y),
+    ],
+    ids=["other order", "other targets", "augmented"],
+)
+def test_other_samples_in_a_later_pass(second):
+    batches = Batches(Changing([(X, Y)], [second], [(X, Y)]), "train", in_order=True)
+    list(batches)
+    with pytest.raises(ValueError, match="train gave other samples, or the same in another order"):
+        list(batches)
+    list(batches)
+    batches = Batches(Changing([(X, Y)], [second]), "train")
+    assert len([*batches, *batches]) == 2
+
+
+def test_what_is_looked_at_may_be_of_any_kind():
+    half, sparse = X.bfloat16(), X.to_sparse()
+    odd = (half, sparse, Y > 1, torch.tensor(3), X.to("meta"), X[:0], "text", torch.tensor([1j]).conj()), Y
+    batches = Batches(Changing([odd], [odd]), "train", in_order=True)
+    assert len([*batches, *batches]) == 2
+    empty = X[:0], Y[:0]
+    batches = Batches(Changing([(X, Y), empty], [(X, Y), empty]), "train", in_order=True)
+    assert len([*batches, *batches]) == 4
+
+
 def test_a_pass_that_is_left_early_counts_for_nothing():
     batches = Batches([(X, Y), (X, Y)], "train")
     next(iter(batches))

@@ -33,6 +33,7 @@ class ArrayFile:
         header = _npy_header(shape, kind) if path.suffix == ".npy" else _safetensors_header(shape, kind)
         size = len(header) + math.prod(shape) * kind.itemsize
         try:
+            path.unlink(missing_ok=True)  # who has mapped the file before keeps what was in it
             with path.open("wb") as file:
                 file.write(header)
                 file.flush()

@@ -40,6 +40,7 @@ REQUIRED = ("module", "model", "train", "val", "out")
 # What the file has keys of its own for, or the command line, or what makes no sense there.
 _NO_OPTIONS = {"model", "batch", "val", "loss", "out", "return_solution", "progress", "group", "curvature_data"}
 OPTIONS = tuple(sorted(set(inspect.signature(influence_scores).parameters) - _NO_OPTIONS))
+FLAGS = ("keep_graphs", "resume", "strict")
 
 
 class ConfigError(Exception):
@@ -76,6 +77,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: options is {options!r}, expected a table [options]")
     _require_known(path, options, OPTIONS, "options.")
+    for key in FLAGS:
+        if not isinstance(options.get(key, False), bool):
+            raise ConfigError(f"{path}: options.{key} is {options[key]!r}, expected true or false")
     if options.get("tol") == "none":
         options["tol"] = None
     for key in ("out", "checkpoint"):
@@ -112,7 +116,7 @@ def scores_from_config(
     if "device" in config:
         try:
             model.to(config["device"])
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
             raise ConfigError(f"{path}: device is {config['device']!r}: {error}") from error
     train, val = (_get(path, module, key, config) for key in ("train", "val"))
     phi, solution = influence_scores(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,25 +14,77 @@ from torch.utils._pytree import tree_flatten
 
 from .._data import Batches, size_of
 
+DEEPEST = 4
+"""How many objects inside of each other are looked into."""
 
-def describe(value: Any) -> Any:
-    """Numbers and strings as they are; functions, tensors and everything else as text without addresses."""
+
+def describe(value: Any, depth: int = 0) -> Any:
+    """Numbers and strings as they are; all else as text without addresses, which differs where they may compute else.
+
+    Of functions: name, code, defaults, and the variables from around them (a lambda has the same name after it was
+    changed); of modules: layers, values and attributes; of other objects: attributes. What a function finds in its
+    module by name is not looked at.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)} {digest([value])}"
+    if depth > DEEPEST:
+        return type(value).__qualname__
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
+        return {
+            str(key): describe(item, depth + 1) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))
+        }
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+        return [describe(item, depth + 1) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(describe(item, depth + 1)) for item in value)
     if isinstance(value, functools.partial):
-        return {"function": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
+        parts = {"function": value.func, "args": value.args, "keywords": value.keywords}
+        return describe(parts, depth)
+    if isinstance(value, types.MethodType):
+        return describe({"function": value.__func__, "of": value.__self__}, depth)
+    if isinstance(value, types.FunctionType):
+        around = [value.__defaults__, value.__kwdefaults__, *map(_content, value.__closure__ or ())]
+        words = *_code(value.__code__), str(describe(around, depth + 1))
+        return f"{value.__module__}.{value.__qualname__} {digest([], *words)}"
     name = getattr(value, "__qualname__", None)
-    if name is not None:
-        return f"{value.__module__}.{name}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    text = repr(value)
-    return kind if " at 0x" in text else f"{kind}: {text}"
+    return _object(value, depth) if name is None else f"{value.__module__}.{name}"
+
+
+def _object(value: Any, depth: int) -> str:
+    kind, text = f"{type(value).__module__}.{type(value).__qualname__}", repr(value)
+    words = [kind if " at 0x" in text else f"{kind}: {text}"]
+    if isinstance(value, nn.Module):
+        inner = [vars(module) for module in value.modules()]
+        public = [{key: item for key, item in own.items() if not key.startswith("_")} for own in inner]
+        words.append(digest([], of_model(value), structure(value), str(describe(public, depth))))
+    elif getattr(value, "__dict__", None):
+        words.append(digest([], str(describe(vars(value), depth + 1))))
+    return " ".join(words)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _code(code: types.CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield str(code.co_names)
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from _code(item)
+        else:
+            yield str(describe(item))
+
+
+def structure(model: nn.Module) -> str:
+    """Of the kinds and settings of its layers: two models with the same values may still compute different things."""
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
+    return digest([], *(f"{type(module).__qualname__}({module.extra_repr()})" for module in leaves))
 
 
 def of_model(model: nn.Module) -> str:
@@ -41,14 +94,15 @@ def of_model(model: nn.Module) -> str:
 
 
 def of_data(batches: Batches) -> dict[str, Any]:
-    """Of the first batch: its size and its values."""
+    """Of all batches: how many samples there are, and their values. One pass, without the model."""
+    samples, first, sha = 0, 0, hashlib.sha256()
     for _, batch in batches:
         leaves, form = tree_flatten(tuple(batch))
-        return {
-            "samples of the first batch": size_of(batch),
-            "first batch": digest([leaf for leaf in leaves if isinstance(leaf, Tensor)], str(form)),
-        }
-    raise AssertionError("an empty loader raises by itself")
+        first = first or size_of(batch)
+        samples += size_of(batch)
+        words = [repr(leaf) for leaf in leaves if isinstance(leaf, (bool, int, float, str))]
+        sha.update(digest([leaf for leaf in leaves if isinstance(leaf, Tensor)], str(form), *words).encode())
+    return {"samples of the first batch": first, "number of samples": samples, "values": sha.hexdigest()[:16]}
 
 
 def digest(tensors: list[Tensor], *words: str) -> str:

@@ -42,7 +42,9 @@ def read_data(
     for name, value in data.items():
         if name not in any_order:
             require_order(value, name)
-    return list(parameters), [Batches(value, name, device) for name, value in data.items()]
+    return list(parameters), [
+        Batches(value, name, device, in_order=name not in any_order) for name, value in data.items()
+    ]
 
 
 def record(model: nn.Module, batch: Batch, loss: Loss | None, params: Params | None, label: str) -> Recording:

@@ -115,6 +115,7 @@ class ProjectedGradients:
         with RowFile(folder / _FEATURES, self._projection.size, self._projection.dtype) as file:
             for _, features in stream:
                 file.append(features)
+            (folder / _SETTINGS).unlink(missing_ok=True)  # they belong to the features that are replaced now
         self._write_settings(folder)
         self.features = map_rows(folder / _FEATURES)
 
@@ -244,6 +245,7 @@ class ProjectedGradients:
         with RowFile(folder / _FEATURES, self._projection.size, self._projection.dtype) as file:
             for rows in self._pieces():
                 file.append(rows)
+            (folder / _SETTINGS).unlink(missing_ok=True)
         self._write_settings(folder)
 
     def _write_settings(self, folder: Path) -> None:

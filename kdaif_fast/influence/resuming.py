@@ -14,8 +14,7 @@ from .._distributed import Group, agree, gather_over_ranks, rank_in, together
 from .._model import plain_model
 from ..curvature import CurvatureOperator
 from ..solvers import ConvergenceError, Solution
-from .fingerprint import describe, differences, of_data, of_model
-from .loaders import samples_in
+from .fingerprint import describe, of_data, of_model, structure
 from .result_file import ResultFile
 
 
@@ -42,6 +41,7 @@ def open_result(
     everything = {name: describe(value) for name, value in settings.items()}
     everything["parameters that influence is over"] = list(operator.parameters)
     everything["values of the model"] = of_model(plain_model(model))
+    everything["layers of the model"] = structure(plain_model(model))
     everything["ranks"] = [rank_in(group), len(gather_over_ranks(None, group))]
     with together(group, operator.device):
         for batches in data:
@@ -49,8 +49,8 @@ def open_result(
         return ResultFile(path, everything, resume)
 
 
-def save_solution(file: ResultFile, solution: Solution, labels: list[int], data: tuple[Batches, ...]) -> None:
-    """Keep a solve that is finished; labels: what the queries are of; data: what it was made of."""
+def save_solution(file: ResultFile, solution: Solution, labels: list[int]) -> None:
+    """Keep a solve that is finished; labels: what the queries are of."""
     residual = solution.residual
     report = {
         "damping": float(solution.damping),
@@ -59,19 +59,14 @@ def save_solution(file: ResultFile, solution: Solution, labels: list[int], data:
         "converged": bool(solution.converged),
         "reason": solution.reason if isinstance(solution.reason, str) else list(solution.reason),
     }
-    file.save_solution(solution.x, {**report, "queries": labels, "samples": _sizes(data)})
-
-
-def _sizes(data: tuple[Batches, ...]) -> dict[str, int]:
-    return {batches.name: samples_in(batches) for batches in data}
+    file.save_solution(solution.x, {**report, "queries": labels})
 
 
 def load_solution(
-    file: ResultFile, operator: CurvatureOperator, data: tuple[Batches, ...], group: Group, *, must_converge: bool
+    file: ResultFile, operator: CurvatureOperator, group: Group, *, must_converge: bool
 ) -> Solution | None:
     """The solution of a run before, if there is one on every rank; else nothing of what was done counts.
 
-    Raises ValueError: the data have another number of samples now.
     Raises ConvergenceError: it must have converged, and has not.
     """
     with together(group, operator.device):
@@ -83,9 +78,6 @@ def load_solution(
     assert saved is not None
     x, report = saved
     with together(group, operator.device):
-        found = differences(report["samples"], _sizes(data), "the number of samples of ")
-        if found:
-            raise ValueError(f"{file.path} was begun with other data: {'; '.join(found)}. resume=False starts over")
         residual, reason = report["residual"], report["reason"]
         if must_converge and not report["converged"]:
             raise ConvergenceError(

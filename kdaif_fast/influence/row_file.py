@@ -16,17 +16,20 @@ _TYPES = {torch.float32: "<f4", torch.float64: "<f8"}
 
 
 class RowFile:
-    """A matrix [rows, width] being written; a valid .npy file once it is closed.
+    """A matrix [rows, width] being written; it is at `path` once it is closed, and beside it until then.
+
+    What was at `path` before stays there until then, and stays whole for those who have mapped it.
 
     Args:
-        path: of the file, which is written anew.
+        path: of the .npy file, which is written anew.
         width: of every row.
         dtype: float32 or float64.
     """
 
     def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
         self._width, self._type, self.rows = width, _TYPES[dtype], 0
-        self._file = path.open("wb")
+        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._file = self._part.open("wb")
         self._file.write(b"\0" * HEADER_BYTES)
 
     def append(self, rows: Tensor) -> None:
@@ -41,12 +44,16 @@ class RowFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:  # else the header stays empty, and nobody takes the file for whole
+        if kind is None:
             start = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
             form = f"{{'descr': '{self._type}', 'fortran_order': False, 'shape': ({self.rows}, {self._width}), }}"
             self._file.seek(0)
             self._file.write(start + form.ljust(HEADER_BYTES - 11).encode() + b"\n")
         self._file.close()
+        if kind is None:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink(missing_ok=True)
 
 
 def map_rows(path: Path) -> Tensor:

@@ -136,7 +136,8 @@ def influence_scores(
         queries: whose loss is asked about: "mean", the mean loss of `val`; "per_sample", each of its samples';
             "per_class", the mean over the samples of each class, in ascending order of the classes that `val` has.
         out: a path that ends in .npy or .safetensors (tensor "phi"), which the scores are written to as they come, with
-            a record beside it.
+            a record beside it. Costs one pass over the data without the model, which tells whether they are the same
+            as those of a run before.
         resume: go on with what a run that was killed has left at `out`: neither the solve nor scores that are written
             are done again, and the result is the same, bit for bit. False starts over.
         progress: show progress bars; None shows them on a terminal only, and for loaders only.
@@ -193,7 +194,7 @@ def influence_scores(
         >>> kdaif_fast.influence_scores(model, loader, val, damping=0.1, queries="per_class").shape
         torch.Size([20, 3])
     """
-    check_settings(solver, damping, tol, max_iter)
+    check_settings(solver, damping, tol, max_iter, memory)
     check_queries(queries)
     check_preconditioner(solver_options)
     if isinstance(params, Iterator):
@@ -206,8 +207,11 @@ def influence_scores(
                 require_every_sample(given, name)
                 if name != "val" or queries == "per_sample":
                     require_order(given, name)
-            train, validation = Batches(batch, "batch", device), Batches(val, "val", device)
-            curved = train if curvature_data is None else Batches(curvature_data, "curvature_data", device)
+            train = Batches(batch, "batch", device, in_order=True)
+            validation = Batches(val, "val", device, in_order=queries == "per_sample")
+            curved = (
+                train if curvature_data is None else Batches(curvature_data, "curvature_data", device, in_order=True)
+            )
         data = tuple(dict.fromkeys((train, validation, curved)))
         bars = False if progress is None and train.is_one else progress
         operator = make_curvature(
@@ -221,13 +225,17 @@ def influence_scores(
             "max_iter": max_iter,
         }
         settings |= {"queries": queries, "loss": loss, "solver_options": solver_options}
+
+        def settled(preconditioned: bool) -> RankSettled:
+            with together(group, device):
+                score = sample_scores(model, train, loss, chosen)
+            return RankSettled(score, group, SETTLED_PRECONDITIONED if preconditioned else SETTLED)
+
         file = None
         if out is not None:
             file = open_result(out, resume, settings, model, operator, data, group)
         solution = (
-            None
-            if file is None
-            else load_solution(file, operator, data, group, must_converge=strict and tol is not None)
+            None if file is None else load_solution(file, operator, group, must_converge=strict and tol is not None)
         )
         if solution is None:
             b, labels = validation_gradients(
@@ -247,16 +255,12 @@ def influence_scores(
                 strict=strict,
                 memory=memory,
                 options=solver_options or {},
-                settled=lambda preconditioned: RankSettled(
-                    sample_scores(model, train, loss, chosen),
-                    group,
-                    SETTLED_PRECONDITIONED if preconditioned else SETTLED,
-                ),
+                settled=settled,
                 progress=bars,
             )
             if file is not None:
                 with together(group, device):
-                    save_solution(file, solution, labels, data)
+                    save_solution(file, solution, labels)
         directions = solution.x if solution.x.dim() == 2 else solution.x[None]
         pieces = _scores(model, operator, train, curved, directions, loss, chosen, file, bars)
         phi = _collect(pieces, train, None if queries == "mean" else len(directions), directions.dtype, file)

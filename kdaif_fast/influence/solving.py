@@ -28,13 +28,15 @@ ITERATIVE = ("cg", "minres", "lissa")
 """Solvers whose cost is by right-hand side; the others form something first that all should share."""
 
 
-def check_settings(solver: str, damping: Any, tol: Any, max_iter: Any) -> None:
+def check_settings(solver: str, damping: Any, tol: Any, max_iter: Any, memory: Any = None) -> None:
     """Raise TypeError or ValueError, naming the argument, before anything is computed."""
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
     if tol == "rank" and solver != "cg":
         raise ValueError(f"tol is 'rank', which needs solver='cg', but solver is {solver!r}")
     check_limits("influence", 0.0 if damping == "auto" else damping, None if tol == "rank" else tol, max_iter)
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise ValueError(f"memory is {memory!r}, expected a positive number of bytes")
 
 
 def solve_queries(

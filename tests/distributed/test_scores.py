@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kdaif_fast import influence_scores
 from kdaif_fast._data import Batches
 from kdaif_fast.curvature import EKFAC, GaussNewton, Hessian
+from kdaif_fast.influence import rank as ranking
 from kdaif_fast.influence.validation import validation_gradients
 from kdaif_fast.solvers import solve
 from tests.curvature.test_dense_truth import error
@@ -80,6 +81,16 @@ def check_scores(rank, sizes, model, batch, val, mine, mine_val):
             assert error(influence_scores(model, data, loader(mine_val), group="world", **options), expected) < SAME
 
 
+def no_room(*arguments):
+    raise MemoryError("no room")
+
+
+class Rankless:
+    """A linearisation that cannot be used."""
+
+    dots = no_room
+
+
 def check_failures(rank, model, mine, mine_val):
     """What one rank raises while it goes through its data, all raise; nobody waits."""
     bad = (mine_val[0] * torch.nan, mine_val[1])
@@ -94,6 +105,16 @@ def check_failures(rank, model, mine, mine_val):
         kind, text = (ValueError, message) if rank == 0 else other
         with pytest.raises(kind, match=text):
             influence_scores(model, *((train, val) if rank == 0 else (mine, mine_val)), damping=DAMPING, group="world")
+    # While tol="rank" makes what it looks at, and while it looks.
+    kept = ranking.Objective
+    for broken in (no_room, lambda *arguments: Rankless()):
+        kind, text = (MemoryError, "no room") if rank == 0 else other
+        ranking.Objective = broken if rank == 0 else kept
+        try:
+            with pytest.raises(kind, match=text):
+                influence_scores(model, mine, mine_val, damping=1e-4, tol="rank", group="world")
+        finally:
+            ranking.Objective = kept
     kind, text = (ValueError, "data: sample 0 has the loss nan") if rank == 0 else other
     with pytest.raises(kind, match=text):
         EKFAC(model, (mine[0] * torch.nan, mine[1]) if rank == 0 else mine, group="world").mean_eigenvalue()

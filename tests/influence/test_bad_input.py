@@ -24,6 +24,8 @@ class TestBadInput:
             ({"tol": 7.0, "curvature": "identity"}, ValueError, "tol is 7.0"),
             ({"max_iter": 2.5}, TypeError, "max_iter is 2.5"),
             ({"max_iter": 0}, ValueError, "max_iter is 0"),
+            ({"memory": "2GB"}, ValueError, "memory is '2GB', expected a positive number of bytes"),
+            ({"memory": 0}, ValueError, "memory is 0"),
             ({"batch": torch.ones(3)}, TypeError, "batch is a Tensor"),
             ({"batch": (torch.ones(3),)}, ValueError, "batch has 1 parts"),
             ({"batch": [1, 2, 3, 4]}, ValueError, "batch has 4 parts"),

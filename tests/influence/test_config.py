@@ -138,6 +138,7 @@ def test_modules_by_name(folder):
         ('"scores.npy"', '"scores.csv"', "expected a path that ends in .npy or .safetensors"),
         ("top = 3", 'device = "warp"', "device is 'warp'"),
         ("top = 3", "top =", "is not TOML"),
+        ("damping = 0.1", 'keep_graphs = "no"', "options.keep_graphs is 'no', expected true or false"),
         ("[options]\ndamping = 0.1", "options = 1", "options is 1, expected a table"),
     ],
 )

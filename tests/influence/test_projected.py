@@ -96,6 +96,22 @@ def test_features_in_a_file(tmp_path, method):
         assert torch.equal(other.scores(val, queries="per_class"), expected)
 
 
+def test_features_are_written_over_those_that_are_in_use(tmp_path):
+    model, train, val = make("mlp")
+    first = ProjectedGradients(model, train, dims=6, folder=tmp_path)
+    features, expected = first.features.clone(), first.scores(val)
+    first.save(tmp_path)
+    other = ProjectedGradients(model, train, dims=6, seed=1, folder=tmp_path)
+    assert not torch.equal(other.features, features)
+    assert torch.equal(first.features, features)
+    assert torch.equal(first.scores(val), expected)
+    train[0][3, 1] = float("nan")
+    with pytest.raises(ValueError, match="sample 3"):
+        ProjectedGradients(model, train, dims=6, folder=tmp_path)
+    assert torch.equal(ProjectedGradients.load(tmp_path, model).features, other.features)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npy", "settings.json"]
+
+
 def test_files_that_do_not_fit(tmp_path):
     model, train, _ = make("mlp")
     ProjectedGradients(model, train, dims=6, folder=tmp_path)

@@ -134,10 +134,16 @@ class TestOut:
         influence_scores(model, train, val, out=path, **OPTIONS)
         with pytest.raises(ValueError, match="batch: samples of the first batch was 5 and is 4"):
             influence_scores(model, pieces(batch, 4), val, out=path, **OPTIONS)
-        with pytest.raises(ValueError, match="val: first batch was"):
+        with pytest.raises(ValueError, match="val: values was"):
             influence_scores(model, train, (val[0] + 1, val[1]), out=path, **OPTIONS)
-        with pytest.raises(ValueError, match="the number of samples of batch was 12 and is 10"):
+        with pytest.raises(ValueError, match="batch: number of samples was 12 and is 10"):
             influence_scores(model, train[:2], val, out=path, **OPTIONS)
+        corrected = batch[0], torch.cat([batch[1][:-1], (batch[1][-1:] + 1) % 3])
+        with pytest.raises(ValueError, match="batch: values was"):
+            influence_scores(model, pieces(corrected, 5), val, out=path, **OPTIONS)
+        other = nn.Sequential(model[0], nn.ReLU(), *model[2:])
+        with pytest.raises(ValueError, match="layers of the model was"):
+            influence_scores(other, train, val, out=path, **OPTIONS)
         with torch.no_grad():
             model[0].weight[0, 0] += 1
         with pytest.raises(ValueError, match="values of the model was"):
@@ -193,6 +199,14 @@ class TestOut:
         path.unlink()
         assert torch.equal(influence_scores(model, pieces(batch, 5), val, out=path), phi)
 
+    def test_scores_of_before_stay_when_their_file_is_written_anew(self, tmp_path):
+        model, batch, val = make("mlp")
+        before = influence_scores(model, batch, val, out=tmp_path / "phi.npy", **OPTIONS)
+        expected = before.clone()
+        again = influence_scores(model, batch, val, out=tmp_path / "phi.npy", resume=False, damping=1.0)
+        assert torch.equal(before, expected)
+        assert not torch.equal(again, expected)
+
     def test_where_nothing_can_be_written(self, tmp_path):
         model, batch, val = make("mlp")
         for out, error in (
@@ -229,6 +243,42 @@ def test_descriptions_have_no_addresses():
     assert describe(object()) == "builtins.object"
     assert "0x" not in json.dumps(describe([nn.Linear(2, 2), describe, {"a": (1, None)}, torch.ones(3)]))
     assert describe(kdaif_fast.DistillationLoss(2.0)) != describe(kdaif_fast.DistillationLoss())
+
+
+class Smoothed:
+    """A loss with a setting."""
+
+    def __init__(self, smoothing):
+        self._smoothing = smoothing
+
+    def __call__(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=self._smoothing)
+
+
+def test_losses_of_one_name_with_other_settings_differ():
+    def around(smoothing):
+        return lambda z, y: Smoothed(smoothing)(z, y)
+
+    def constant(first):
+        return (lambda z, y: z.sum(1) * 2.0) if first else (lambda z, y: z.sum(1) * 3.0)
+
+    def module(smoothing):
+        return nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing)
+
+    for make_loss, a, b in (
+        (Smoothed, 0.0, 0.1),
+        (around, 0.0, 0.1),
+        (constant, True, False),
+        (module, 0.0, 0.1),
+        (lambda s: Smoothed(s).__call__, 0.0, 0.1),
+        (lambda s: nn.CrossEntropyLoss(torch.full((3,), s)), 1.0, 2.0),
+        (lambda s: {"preconditioner": Smoothed(s)}, 0.0, 0.1),
+    ):
+        assert describe(make_loss(a)) == describe(make_loss(a))
+        assert describe(make_loss(a)) != describe(make_loss(b))
+    loop = Smoothed(0.1)
+    loop.itself = [loop]
+    assert "0x" not in str(describe(loop))
 
 
 def test_digests_tell_values_shapes_and_dtypes_apart():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from kdaif_fast import ConvergenceWarning, influence_scores
+from kdaif_fast import ConvergenceWarning, datainf_scores, influence_scores
 from kdaif_fast.curvature import CURVATURES
 from kdaif_fast.influence import scores as scores_module
 from kdaif_fast.influence.loaders import require_every_sample
@@ -232,6 +232,23 @@ class TestLoadersThatWillNotDo:
         torch.testing.assert_close(
             influence_scores(model, loader, val, **EXACT), influence_scores(model, batch, val, **EXACT)
         )
+
+    def test_an_order_that_only_shows(self):
+        """Samplers and data sets of a user's own may shuffle without saying so."""
+
+        class Shuffled(torch.utils.data.Sampler):
+            def __iter__(self):
+                return iter(torch.randperm(12).tolist())
+
+        model, batch, val = make("mlp")
+        torch.manual_seed(0)
+        loader = DataLoader(dataset(batch), 5, sampler=Shuffled())
+        with pytest.raises(ValueError, match="batch gave other samples, or the same in another order"):
+            influence_scores(model, loader, val, damping=0.1)
+        with pytest.raises(ValueError, match="curvature_data gave other samples"):
+            influence_scores(model, batch, val, damping=0.1, curvature_data=loader)
+        with pytest.raises(ValueError, match="train gave other samples"):
+            datainf_scores(model, loader, val)
 
     def test_shuffled_validation_data(self):
         model, batch, val = make("mlp")

@@ -70,6 +70,7 @@ ROWS = [
     Row("kdaif_fast, tol 1e-4", _ours(tol=1e-4)),
     Row(OURS, _ours(tol=1e-2)),
     Row('kdaif_fast, tol "rank"', _ours(tol="rank")),
+    Row("kdaif_fast, tol 3e-2", _ours(tol=3e-2)),
     Row("plain matrix products, CG to 1e-4", _with(plain_influence_scores, tol=1e-4), networks=("mlp",)),
     Row("plain matrix products, CG to 1e-2", _with(plain_influence_scores, tol=1e-2), networks=("mlp",)),
     Row("torch.func jvp + vjp, CG to 1e-4", _with(func_influence_scores, tol=1e-4)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ._model import (
     Loss,
@@ -22,7 +22,7 @@ from ._model import (
     twice_differentiable,
     unpack_batch,
 )
-from ._tree import shaped, unstack, wide_dtype
+from ._tree import shaped, unstack, vector_dtype, wide_dtype
 from .batched import AGREEMENT, Chain, KeptBackward, NotBatchableError, closed_form_norms
 
 # By how much <J v, u> and <v, J^T u> may differ, relative to their size: far above what rounding does (TF32 included),
@@ -60,6 +60,9 @@ class Objective:
         self._loss, self._name, self._model = loss, name, model
         with torch.inference_mode(False), torch.enable_grad(), twice_differentiable(model):
             self._batch = unpack_batch(batch, name)
+            self._watched = [*model.parameters(), *model.buffers()]
+            self._watched += [leaf for leaf in tree_leaves(tuple(self._batch)) if isinstance(leaf, Tensor)]
+            self._states = _states(self._watched)
             with closed_form_norms(model):
                 self.outputs = run_model(model, self._batch.inputs, name)
             if not self.outputs.requires_grad:
@@ -80,6 +83,11 @@ class Objective:
     def samples(self) -> int:
         """N, the number of samples."""
         return self.losses.shape[0]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether parameters, buffers and batch are what they were when the model ran, as far as PyTorch knows."""
+        return self._states == _states(self._watched)
 
     def most_vectors(self, memory: int, walks: Sequence[KeptBackward]) -> int:
         """How many vectors products can be computed with in that many bytes, at least 1.
@@ -139,8 +147,7 @@ class Objective:
 
     def _products(self, walk: KeptBackward, cotangents: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
         """The gradients of a walk in one matrix [K, P], and which parameters they depend on."""
-        K, dtypes = len(cotangents[0]), [wide_dtype(tensor.dtype) for tensor in self._tensors]
-        dtype = functools.reduce(torch.promote_types, dtypes)
+        K, dtype = len(cotangents[0]), vector_dtype(self._tensors)
         products = self._tensors[0].new_empty(K, sum(tensor.numel() for tensor in self._tensors), dtype=dtype)
         return products, walk(cotangents, shaped(products, self._tensors))
 
@@ -207,7 +214,7 @@ class Objective:
         first = self._tensors[0]
         count = sum(tensor.numel() for tensor in self._tensors)
         signs = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
-        direction = signs.to(device=first.device, dtype=wide_dtype(first.dtype))
+        direction = signs.to(device=first.device, dtype=vector_dtype(self._tensors))
         tangent = self.push(direction[None])[0]
         size = tangent.abs().max()
         # Outputs that do not depend on these parameters in truth have tangents of nothing but rounding.
@@ -258,6 +265,11 @@ class Objective:
         dtype = wide_dtype(tangents.dtype)
         left = grads.reshape(self.samples, -1).to(dtype)
         return torch.einsum("no,kno->nk", left, tangents.reshape(len(tangents), self.samples, -1).to(dtype))
+
+
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes when tensors are written to, or get other memory. Tensors of inference mode do not say."""
+    return [(0 if x.is_inference() else x._version, 0 if x.is_sparse else x.data_ptr()) for x in tensors]
 
 
 def _differentiable(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:

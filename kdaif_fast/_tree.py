@@ -19,6 +19,11 @@ def product_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32).to_real()
 
 
+def vector_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of flat vectors over these parameters: the widest of theirs, float32 at least."""
+    return functools.reduce(torch.promote_types, (wide_dtype(x.dtype) for x in tensors))
+
+
 def as_real(rows: Tensor) -> Tensor:
     """[N, P] -> itself, or [N, 2 P] for complex numbers: products are those of real and imaginary parts."""
     return torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
@@ -55,6 +60,8 @@ def as_vectors(
         if directions.dim() != 1 + stacked or directions.shape[-1] != count:
             expected = f"(K, {count})" if stacked else f"({count},)"
             raise ValueError(f"{name} has shape {tuple(directions.shape)}, expected {expected}, one per parameter")
+        if directions.is_complex() and not any(parameter.is_complex() for parameter in parameters.values()):
+            raise TypeError(f"{name} has dtype {directions.dtype}, expected real numbers as the parameters are")
         return directions if stacked else directions[None]
     if not isinstance(directions, Mapping):
         kind = type(directions).__name__
@@ -62,6 +69,11 @@ def as_vectors(
     if set(directions) != set(parameters):
         different = sorted(map(str, set(directions) ^ set(parameters)))
         raise ValueError(f"{name} and the parameters differ in their names: {', '.join(different[:5])}")
+    for key in parameters:
+        if not isinstance(directions[key], Tensor):
+            raise TypeError(f"{name}[{key!r}] is a {type(directions[key]).__name__}, expected a tensor")
+        if stacked and not directions[key].dim():
+            raise ValueError(f"{name}[{key!r}] has shape (), expected {('K', *parameters[key].shape)}")
     entries = {key: directions[key] if stacked else directions[key][None] for key in parameters}
     K = len(next(iter(entries.values()))) if stacked else 1
     for key, parameter in parameters.items():

@@ -244,7 +244,9 @@ class Chain:
             raise NotBatchableError("no parameter is reached")
         if len(set(self._leaves)) < len(self._leaves):
             raise NotBatchableError("a parameter is used twice")
-        self._versions = [leaf._version for leaf in self._leaves]
+        kept = [value for layer in self._layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        self._watched = [*self._leaves, *kept]
+        self._versions = [tensor._version for tensor in self._watched]
         self._chunks = self._cut(largest * outputs.element_size())
         self.kinds = tuple(type(layer).__name__ for layer in self._layers)
         self._covers = sum(leaf.numel() for leaf in self._leaves if leaf in self._places) == self._count
@@ -295,8 +297,8 @@ class Chain:
 
     @property
     def is_current(self) -> bool:
-        """Whether no parameter was written to since the network ran."""
-        return all(leaf._version == version for leaf, version in zip(self._leaves, self._versions, strict=True))
+        """Whether no parameter, and nothing that the layers keep, was written to since the network ran."""
+        return all(tensor._version == version for tensor, version in zip(self._watched, self._versions, strict=True))
 
     @torch.no_grad()
     def push(self, vector: Tensor) -> Tensor:

@@ -140,9 +140,14 @@ class _Replacing(TorchFunctionMode):
 
 
 def _is_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if weight is None or bias is None or not x.numel():
+    if weight is None or bias is None or not x.numel() or _is_recomputed():
         return False
     return x.dtype in (torch.float32, torch.float64) and weight.dtype == bias.dtype == x.dtype
+
+
+def _is_recomputed() -> bool:
+    """Whether somebody handles what is saved, as activation checkpointing does, which runs the layer again later on."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _group_norm(

@@ -28,4 +28,4 @@ class Identity(CurvatureOperator):
         self.parameters = select_parameters(plain_model(model), params)
 
     def _products(self, vectors: Tensor) -> Tensor:
-        return vectors
+        return vectors.detach().clone()  # nobody expects a product to share memory with its vector

@@ -15,7 +15,7 @@ from .._distributed import Group
 from .._model import Loss, Params, plain_model, require_independent_samples, select_parameters
 from .._tree import as_dict, as_vectors
 from .blocks import DiagonalBlock, KroneckerBlock, Workspace
-from .operator import CurvatureOperator, Direction
+from .operator import CurvatureOperator, Direction, require_real
 from .output_roots import FISHERS, Fisher
 from .statistics import Blocks, Statistics
 
@@ -96,6 +96,7 @@ class KFAC(CurvatureOperator):
         self._model = plain_model(model)
         require_independent_samples(self._model)
         self.parameters = select_parameters(self._model, params)
+        require_real(self.parameters)
         self._fisher, self._draws, self._seed, self._loss, self._group = fisher, draws, seed, loss, group
         self._batches = (
             data if isinstance(data, Batches) else Batches(data, "data", self.device, may_be_empty=group is not None)

@@ -9,7 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._tree import as_dict, as_vectors, wide_dtype
+from .._tree import as_dict, as_vectors, vector_dtype
+
+
+def require_real(parameters: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for complex parameters: curvature is real, and symmetric in real and imaginary parts only."""
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise TypeError(
+                f"parameter {name!r} is {parameter.dtype}, and curvature is over real parameters: keep it as "
+                "torch.view_as_real(parameter), and view that as complex in the model"
+            )
+
 
 Direction = TypeVar("Direction", Tensor, Mapping[str, Tensor])
 
@@ -44,7 +55,7 @@ class CurvatureOperator(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of products: that of the parameters, float32 at least."""
-        return wide_dtype(next(iter(self.parameters.values())).dtype)
+        return vector_dtype(self.parameters.values())
 
     def matvec(self, direction: Direction) -> Direction:
         """C v, in the form that v has: flat [P], or a dictionary shaped like the parameters."""

@@ -16,7 +16,7 @@ from .._objective import Objective
 from ..batched import KeptBackward
 from .ekfac import EKFAC
 from .kfac import KFAC
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, require_real
 
 Factored = TypeVar("Factored", bound=KFAC)
 
@@ -36,10 +36,13 @@ class StreamedCurvature(CurvatureOperator):
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if all activations of the
             data set fit into memory. One batch's is always kept.
         memory: bytes that products with many vectors may use beyond the linearisation and the products themselves;
-        default 1 GiB. More vectors than that allows are multiplied in several chunks, of one vector at least.
-    group: a process group, or "world": every rank has its own share of the samples, of any size (a loader without
-        a batch is one too), and all get the product over all of them. All ranks have to call together. What is
-        raised while one of them goes through its share, all raise.
+            default 1 GiB. More vectors than that allows are multiplied in several chunks, of one vector at least.
+        group: a process group, or "world": every rank has its own share of the samples, of any size (a loader without
+            a batch is one too), and all get the product over all of them. All ranks have to call together. What is
+            raised while one of them goes through its share, all raise.
+
+    Products are of the model as it is when they are asked for: a linearisation that is kept is made anew once a
+    parameter, a buffer or the batch has been written to. (Of writes through `.data` in place PyTorch does not know.)
 
     Memory: the graph of one forward and one backward pass over a batch, kept as long as the operator for one batch.
     """
@@ -60,6 +63,7 @@ class StreamedCurvature(CurvatureOperator):
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is {memory}, expected a positive number of bytes")
         self.parameters = select_parameters(plain_model(model), params)
+        require_real(self.parameters)
         self._model, self._loss, self._group = model, loss, group
         self._batches = data if isinstance(data, Batches) else self._read(data)
         self._keep = keep_graphs or self._batches.is_one
@@ -82,9 +86,10 @@ class StreamedCurvature(CurvatureOperator):
 
     def objectives(self) -> Iterator[Objective]:
         """The loss on every batch of this rank, linearised."""
-        if self._kept:
+        if self._kept and all(objective.is_current for objective in self._kept):
             yield from self._kept
             return
+        self._kept = []  # before others are made: there may not be room for both
         made, chosen = [], list(self.parameters.values())
         samples = 0
         for label, batch in self._batches:
@@ -137,9 +142,11 @@ class StreamedCurvature(CurvatureOperator):
         return kind(self._model, self._batches, loss=self._loss, params=chosen, group=self._group, **options)
 
     def _products(self, vectors: Tensor) -> Tensor:
-        vectors = vectors.to(self.dtype)
-        if not len(vectors):
-            return vectors
+        with torch.inference_mode(False):  # in it, graphs cannot be walked
+            vectors = vectors.to(self.dtype)
+            return self._sums(vectors.clone() if vectors.is_inference() else vectors) if len(vectors) else vectors
+
+    def _sums(self, vectors: Tensor) -> Tensor:
         total = None
         # Linearisations that are kept have been made without an error: no need to ask the other ranks again.
         with together(None if self._all_keep and self._samples is not None else self._group, self.device):

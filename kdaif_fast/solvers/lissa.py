@@ -21,6 +21,9 @@ DOUBLINGS = 6  # of a scale that was too small
 # What a contraction may seem to grow by, for rounding.
 ROUNDING = 1e-3
 
+# What a residual may rise by after it fell: products in half precision are that noisy.
+GROWN = 4.0
+
 
 def lissa(
     operator: Any,
@@ -143,18 +146,25 @@ class _Run:
         self.direction = system.rows
 
     def exact(self, scale: float, steps: int) -> Tensor | None:
-        """With C + damping I = A, r = (1 - A / scale)^j b: what grows beyond b diverges."""
+        """With C + damping I = A, r = (1 - A / scale)^j b: of a series that converges it never grows.
+
+        It is a sum of parts that each fall or rise without end, so one that rises again after it fell diverges.
+        """
         system, look = self.system, looks_every(self.system.rows.device)
-        x = system.rows / scale
+        x, least = system.rows / scale, system.squares
+        epsilon = torch.finfo(x.dtype).eps
         self.spent = 0
         for step in range(1, steps + 1):
             r = system.rows - system.damped(x)
             self.spent = step
             if step % look == 0 or step == steps:
                 errors = r.double().square().sum(1).cpu()
-                if not bool((errors <= (1 + ROUNDING) * system.squares).all()):
+                noise = (100 * epsilon * step) ** 2 * system.squares
+                most = torch.minimum((1 + ROUNDING) * system.squares, (GROWN**2 * least).maximum(noise))
+                if not bool((errors <= most).all()):
                     self.direction = r if bool(r.isfinite().all()) else self.direction
                     return None
+                least = torch.minimum(least, errors)
                 if system.tol is not None and bool((errors <= system.tol**2 * system.squares).all()):
                     return x
             if step < steps:

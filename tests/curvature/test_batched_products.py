@@ -260,3 +260,25 @@ def test_graphs_are_freed():
     outputs = weakref.ref(objective.outputs)
     del objective
     assert outputs() is None, gc.get_referrers(outputs())
+
+
+class SmallAttention(nn.Module):
+    """Adding the same to every key changes nothing: in float32 the gradient of their bias is all rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys, self.values = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(self.queries(x), self.keys(x), self.values(x)).mean(1)
+
+
+def test_gradients_that_are_rounding_do_not_keep_a_model_from_being_walked():
+    model = SmallAttention()
+    data = torch.randn(6, 5, 8), torch.randint(0, CLASSES, (6,))
+    for operator in OPERATORS:
+        curvature = operator(model, data)
+        V = torch.randn(3, curvature.size)
+        products = curvature.matmat(V)
+        torch.testing.assert_close(products, torch.stack([curvature.matvec(v) for v in V]), rtol=1e-3, atol=1e-5)
+    assert all(_objective._walkable[model].values())

@@ -6,7 +6,6 @@ from torch import nn
 
 from kdaif_fast._objective import Objective
 from kdaif_fast.batched import Chain, NotBatchableError, chain
-from kdaif_fast.curvature import GaussNewton
 
 NETWORKS = {
     "perceptron": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
@@ -132,13 +131,18 @@ def test_hooks_that_change_gradients_are_noticed():
     assert Objective(Hooked().double(), batch())._chain is None
 
 
-def test_parameters_that_were_written_to_are_noticed():
+@pytest.mark.parametrize("written", ["weight", "inputs"])
+def test_what_was_written_to_is_noticed(written):
     torch.manual_seed(0)
     model = NETWORKS["perceptron"]().double()
-    operator = GaussNewton(model, batch())
-    v = torch.ones(operator.size, dtype=torch.float64)
-    operator.matvec(v)
+    data = batch()
+    objective = Objective(model, data)
+    v = torch.ones(1, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    objective.push(v)
+    assert objective._chain is not None
+    assert objective.is_current
     with torch.no_grad():
-        model[2].weight.add_(1)
+        (model[2].weight if written == "weight" else data[0]).add_(1)
+    assert not objective.is_current
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        operator.matvec(v)
+        objective.push(v)

@@ -124,3 +124,11 @@ def test_largest_eigenvalue(sign):
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         lissa(lambda V: V, torch.ones(2), **change)
+
+
+@pytest.mark.parametrize("tol", [1e-3, None])
+def test_a_series_that_rises_after_it_fell_is_not_returned(tol):
+    C = torch.diag(torch.tensor([-0.05, 0.5, 1.0], dtype=torch.float64))
+    b = torch.tensor([0.01, 1.0, 1.0], dtype=torch.float64)  # hardly any of it where the curvature is negative
+    with pytest.raises(ConvergenceError, match="indefinite"):
+        lissa(lambda V: V @ C, b, tol=tol, max_iter=80)  # |r| is still below |b| in the end

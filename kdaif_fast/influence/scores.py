@@ -18,7 +18,7 @@ from .loaders import require_every_sample, require_order, samples_in
 from .queries import check_queries
 from .rank import RankSettled, sample_scores
 from .result_file import ResultFile
-from .resuming import load_solution, open_result, save_solution
+from .resuming import load_solution, open_result, require_alike, save_solution
 from .solving import Tolerance, check_settings, solve_queries
 from .streaming import stream_scores
 from .validation import validation_gradients
@@ -144,8 +144,8 @@ def influence_scores(
         group: a process group, or "world": every rank gives its own shards of `batch` and `val`, of any size, and gets
             the scores of its own shard of `batch`, on the loss of all validation samples and with the curvature of all
             training samples. The queries "per_sample" are those of the first rank's shard, then the second's, and so
-            on. All ranks have to call together, and what is raised on one while it goes through its data is raised on
-            all, an empty shard too; `out` then has "{rank}" in it.
+            on. All ranks have to call together, with the same model and settings. What is raised on one while it goes
+            through its data is raised on all, an empty shard too; `out` then has "{rank}" in it.
         curvature_data: a batch or loader for C, if that shall not be over `batch`: a part of the training data, say, or
             all of them when only some are scored.
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if it fits into memory.
@@ -196,8 +196,19 @@ def influence_scores(
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
-        chosen = list(select_parameters(plain_model(model), params).values())
+        selected = select_parameters(plain_model(model), params)
+        chosen = list(selected.values())
         device = chosen[0].device
+        settings = {
+            "curvature": curvature,
+            "solver": solver,
+            "damping": damping,
+            "tol": tol,
+            "max_iter": max_iter,
+            "queries": queries,
+        }
+        alike = {**settings, "memory": memory, "out is given": out is not None, "resume": resume}
+        require_alike(alike, model, list(selected), group)
         with together(group, device):
             for given, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
                 require_every_sample(given, name)
@@ -213,14 +224,6 @@ def influence_scores(
         operator = make_curvature(
             curvature, model, curved, loss=loss, params=chosen, keep_graphs=keep_graphs, memory=memory, group=group
         )
-        settings: dict[str, Any] = {
-            "curvature": curvature,
-            "solver": solver,
-            "damping": damping,
-            "tol": tol,
-            "max_iter": max_iter,
-        }
-        settings |= {"queries": queries, "loss": loss, "solver_options": solver_options}
 
         def settled() -> RankSettled:
             with together(group, device):
@@ -229,7 +232,9 @@ def influence_scores(
 
         file = None
         if out is not None:
-            file = open_result(out, resume, settings, model, operator, data, group)
+            file = open_result(
+                out, resume, {**settings, "loss": loss, "solver_options": solver_options}, model, operator, data, group
+            )
         solution = (
             None if file is None else load_solution(file, operator, group, must_converge=strict and tol is not None)
         )

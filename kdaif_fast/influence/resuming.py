@@ -18,6 +18,25 @@ from .fingerprint import describe, of_data, of_model, structure
 from .result_file import ResultFile
 
 
+def require_alike(settings: Mapping[str, Any], model: nn.Module, parameters: list[str], group: Group) -> None:
+    """Raise ValueError, on all ranks, unless they have been called with the same settings and the same model.
+
+    Else they would add up what does not belong together, or wait for each other.
+    """
+    if group is None:
+        return
+    own = {name: describe(value) for name, value in settings.items()}
+    own |= {"parameters that influence is over": parameters, "values of the model": of_model(plain_model(model))}
+    first, *others = gather_over_ranks(own, group)
+    for rank, theirs in enumerate(others, 1):
+        for name, value in first.items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{name}: {value!r} on the first rank of the group, but {theirs[name]!r} on that of number {rank}; "
+                    "all need the same"
+                )
+
+
 def open_result(
     out: str | os.PathLike[str],
     resume: bool,

@@ -19,7 +19,7 @@ from .preconditioning import check_preconditioner
 from .queries import check_queries
 from .rank import SETTLED, SETTLED_PRECONDITIONED, RankSettled, sample_scores
 from .result_file import ResultFile
-from .resuming import load_solution, open_result, save_solution
+from .resuming import load_solution, open_result, require_alike, save_solution
 from .solving import Tolerance, check_settings, solve_queries
 from .streaming import stream_scores
 from .validation import validation_gradients
@@ -145,8 +145,8 @@ def influence_scores(
         group: a process group, or "world": every rank gives its own shards of `batch` and `val`, of any size, and gets
             the scores of its own shard of `batch`, on the loss of all validation samples and with the curvature of all
             training samples. The queries "per_sample" are those of the first rank's shard, then the second's, and so
-            on. All ranks have to call together, and what is raised on one while it goes through its data is raised on
-            all, an empty shard too; `out` then has "{rank}" in it.
+            on. All ranks have to call together, with the same model and settings. What is raised on one while it goes
+            through its data is raised on all, an empty shard too; `out` then has "{rank}" in it.
         curvature_data: a batch or loader for C, if that shall not be over `batch`: a part of the training data, say, or
             all of them when only some are scored.
         keep_graphs: keep every batch's linearisation of a loader: products cost about half, if it fits into memory.
@@ -162,9 +162,10 @@ def influence_scores(
 
     Raises:
         TypeError, ValueError: arguments that do not fit together; a model that mixes samples or draws at random
-            (BatchNorm or Dropout in training mode); a loss that is not per sample; a sample whose loss is not finite;
-            a loader that is empty, shuffles, drops samples or gives other ones at another pass; an `out` that was begun
-            with other settings. Each names the argument and what was expected.
+            (BatchNorm or Dropout in training mode); a loss that does not return one number per sample (whether it mixes
+            samples is not looked at); a sample whose loss is not finite; a loader that is empty, shuffles, drops samples
+            or gives other ones at another pass; an `out` that was begun with other settings. Each names the argument
+            and what was expected.
         RuntimeError: a layer or a loss whose backward pass is not differentiable itself (looked for at the first call
             with a model in float32 or float64; activation checkpointing must be off).
         OSError: `out` cannot be written, or the disk is too full for it (said before the solve, if N is known by then).
@@ -200,8 +201,19 @@ def influence_scores(
     if isinstance(params, Iterator):
         params = list(params)  # it would be empty the second time
     with torch.inference_mode(False):
-        chosen = list(select_parameters(plain_model(model), params).values())
+        selected = select_parameters(plain_model(model), params)
+        chosen = list(selected.values())
         device = chosen[0].device
+        settings = {
+            "curvature": curvature,
+            "solver": solver,
+            "damping": damping,
+            "tol": tol,
+            "max_iter": max_iter,
+            "queries": queries,
+        }
+        alike = {**settings, "memory": memory, "out is given": out is not None, "resume": resume}
+        require_alike(alike, model, list(selected), group)
         with together(group, device):
             for given, name in ((batch, "batch"), (val, "val"), (curvature_data, "curvature_data")):
                 require_every_sample(given, name)
@@ -217,14 +229,6 @@ def influence_scores(
         operator = make_curvature(
             curvature, model, curved, loss=loss, params=chosen, keep_graphs=keep_graphs, memory=memory, group=group
         )
-        settings: dict[str, Any] = {
-            "curvature": curvature,
-            "solver": solver,
-            "damping": damping,
-            "tol": tol,
-            "max_iter": max_iter,
-        }
-        settings |= {"queries": queries, "loss": loss, "solver_options": solver_options}
 
         def settled(preconditioned: bool) -> RankSettled:
             with together(group, device):
@@ -233,7 +237,9 @@ def influence_scores(
 
         file = None
         if out is not None:
-            file = open_result(out, resume, settings, model, operator, data, group)
+            file = open_result(
+                out, resume, {**settings, "loss": loss, "solver_options": solver_options}, model, operator, data, group
+            )
         solution = (
             None if file is None else load_solution(file, operator, group, must_converge=strict and tol is not None)
         )

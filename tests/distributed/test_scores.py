@@ -1,5 +1,7 @@
 """Solves and influence scores with samples shared out over processes, against one process that has them all."""
 
+import copy
+
 import pytest
 import torch
 from torch import distributed
@@ -105,6 +107,19 @@ def check_failures(rank, model, mine, mine_val):
         kind, text = (ValueError, message) if rank == 0 else other
         with pytest.raises(kind, match=text):
             influence_scores(model, *((train, val) if rank == 0 else (mine, mine_val)), damping=DAMPING, group="world")
+    # Other models or settings: all raise the same.
+    other_model = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other_model.parameters()).add_(rank)
+    for changed, options, message in (
+        (other_model, {}, "values of the model: "),
+        (model, {"damping": 0.1 + rank}, "damping: 0.1 on the first rank of the group, but 1.1 on that of number 1"),
+        (model, {"curvature": "ekfac" if rank else "ggn"}, "curvature: 'ggn' on the first rank"),
+        (model, {"queries": "mean" if rank else "per_class"}, "queries: 'per_class' on the first rank"),
+        (model, {"params": list(dict(model.named_parameters()))[rank:]}, "parameters that influence is over: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            influence_scores(changed, mine, mine_val, group="world", **options)
     # While tol="rank" makes what it looks at, and while it looks.
     kept = ranking.Objective
     for broken in (no_room, lambda *arguments: Rankless()):

@@ -54,6 +54,39 @@ def test_it_is_safe_on_digits(build, epochs, damping):
     assert early.iterations < 0.8 * late.iterations
 
 
+def classification(seed):
+    from sklearn.datasets import make_classification
+
+    x, y = make_classification(900, 20, n_informative=8, n_classes=4, flip_y=0.1, random_state=seed)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(y), None, 4
+
+
+def regression(seed):
+    from sklearn.datasets import make_friedman1
+
+    x, y = (torch.tensor(part, dtype=torch.float32) for part in make_friedman1(900, 20, noise=1.0, random_state=seed))
+    return x, (y - y.mean()) / y.std(), lambda outputs, targets: (outputs[:, 0] - targets) ** 2, 1
+
+
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+@pytest.mark.parametrize("problem", [classification, regression])
+def test_it_is_safe_on_other_problems(problem, damping):
+    """Its constants were chosen on digits."""
+    x, y, loss, outputs = problem(seed=5)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, outputs))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(5):
+        for index in torch.randperm(700).split(64):
+            optimizer.zero_grad()
+            (loss or nn.functional.cross_entropy)(model(x[index]), y[index]).mean().backward()
+            optimizer.step()
+    data = (x[:700], y[:700]), (x[700:], y[700:])
+    phi = influence_scores(model, *data, loss=loss, damping=damping, tol="rank")
+    truth = influence_scores(model, *data, loss=loss, damping=damping, tol=1e-5, max_iter=2000)
+    assert spearmanr(phi, truth).statistic >= 0.99
+
+
 def test_every_query_has_to_settle():
     model, batch, val = trained(mlp, 4)
     options = {"damping": 1e-3, "return_solution": True, "queries": "per_class"}

@@ -163,9 +163,9 @@ def influence_scores(
     Raises:
         TypeError, ValueError: arguments that do not fit together; a model that mixes samples or draws at random
             (BatchNorm or Dropout in training mode); a loss that does not return one number per sample (whether it mixes
-            samples is not looked at); a sample whose loss is not finite; a loader that is empty, shuffles, drops samples
-            or gives other ones at another pass; an `out` that was begun with other settings. Each names the argument
-            and what was expected.
+            samples is not looked at); a sample whose loss is not finite; a loader that is empty, shuffles, drops
+            samples or gives other ones at another pass; an `out` that was begun with other settings. Each names the
+            argument and what was expected.
         RuntimeError: a layer or a loss whose backward pass is not differentiable itself (looked for at the first call
             with a model in float32 or float64; activation checkpointing must be off).
         OSError: `out` cannot be written, or the disk is too full for it (said before the solve, if N is known by then).

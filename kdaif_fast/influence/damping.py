@@ -6,9 +6,6 @@ import math
 from numbers import Real
 from typing import Any
 
-AUTO_DAMPING = 0.1
-"""What "auto" damping multiplies the mean eigenvalue of a matrix of gradients with."""
-
 
 def check_damping(damping: Any) -> None:
     """Raise TypeError, ValueError unless it is a finite number >= 0 or "auto"."""

@@ -13,7 +13,8 @@ from .._model import Loss, Params, plain_model
 from ..per_sample.directions import read_directions
 from ..per_sample.groups import Group, blocks, visit_groups
 from ..per_sample.recording import Recording
-from .damping import AUTO_DAMPING, check_damping
+from ..solvers.damping import AUTO_DAMPING
+from .damping import check_damping
 from .gradients import columns, flat_rows, gradient_dots, read_data, record, require_finite_rows, squared_norms
 from .progress import track
 from .queries import check_queries, query_gradients

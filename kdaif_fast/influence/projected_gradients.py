@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .._data import Batches
 from .._model import Loss, Params, plain_model, select_parameters
-from .damping import AUTO_DAMPING, check_damping
+from ..solvers.damping import AUTO_DAMPING
+from .damping import check_damping
 from .fingerprint import of_model
 from .gradients import read_data, record, require_finite_rows
 from .progress import track

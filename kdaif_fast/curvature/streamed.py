@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +69,7 @@ class StreamedCurvature(CurvatureOperator):
         self._keep = keep_graphs or self._batches.is_one
         self._memory = memory or VECTORS_AT_ONCE
         self._kept: list[Objective] = []
+        self._endless: Iterator[tuple[int, Objective] | None] | None = None
         self._own: int | None = None  # samples of this rank, and of all
         self._samples: int | None = None
         with together(group, self.device):
@@ -124,6 +125,41 @@ class StreamedCurvature(CurvatureOperator):
                 raise ValueError(f"{self._batches.name} is empty on every rank")
             self._samples = int(total)
         return self._samples
+
+    @property
+    def stochastic(self) -> Callable[[int], Callable[[Tensor], Tensor]]:
+        """Products [K, P] -> [K, P] with the curvature of the next batch of a loader alone, for `solvers.lissa`.
+
+        stochastic(seed) is one of them. Batches come in the order of the loader, again and again, whatever the seed:
+        a loader that shuffles makes them random. Over ranks, each brings its next one.
+
+        Raises:
+            AttributeError: the data are one batch, of which there are no parts.
+        """
+        if self._batches.is_one:
+            raise AttributeError("the data are one batch: its products are exact")
+        return lambda seed: self._next_products
+
+    def _next_products(self, vectors: Tensor) -> Tensor:
+        if self._endless is None:
+            self._endless = self._again_and_again()
+        with torch.inference_mode(False), together(self._group, self.device):
+            found = next(self._endless)
+            rows, samples = torch.zeros_like(vectors, dtype=self.dtype), torch.zeros((), device=self.device)
+            if found is not None:
+                index, objective = found
+                rows = self._batch_in_chunks(objective, vectors.to(self.dtype), index)
+                samples += objective.samples
+        return add_over_ranks(rows, self._group) / add_over_ranks(samples, self._group)
+
+    def _again_and_again(self) -> Iterator[tuple[int, Objective] | None]:
+        """Batches with their numbers, without end; None for each of a rank that has none."""
+        while True:
+            found = None
+            for found in enumerate(self.objectives()):
+                yield found
+            if found is None:
+                yield None
 
     def kfac(self, **options: Any) -> KFAC:
         """K-FAC of the same loss on the same data: an approximate inverse by `.solve`, or a preconditioner for cg.

@@ -39,8 +39,9 @@ def lissa(
     """Solve (C + damping I) x = b by x <- x + (b - (C + damping I) x) / scale.
 
     Where the operator offers `.stochastic(seed)`, an operator of one batch (curvature over a loader does), every step
-    takes the product of another batch, and the results of several repeats are averaged: a step costs a batch and not the data set, but the
-    error does not fall below the batches' noise. Otherwise products are exact, and `cg` needs far fewer of them.
+    takes the product of another batch, and the results of several repeats are averaged: a step costs a batch and not
+    the data set, but the error does not fall below the batches' noise. Otherwise products are exact, and `cg` needs far
+    fewer of them.
 
     Args:
         operator: C, positive semi-definite: an object with `.matmat`, or a function [K, P] -> [K, P].

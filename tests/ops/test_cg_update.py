@@ -56,7 +56,9 @@ def test_dots_against_definition(shape, dtype):
     assert dots.dtype == dtype
     expected = torch.stack([(p.double() * q.double()).sum(1), p.double().square().sum(1)])
     size = (p.double().norm(dim=1) * q.double().norm(dim=1)).expand(2, -1)
-    assert ((dots.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * torch.maximum(size, expected)).all()
+    # Sums are in float64 for both: of float64, what n additions round to goes with the root of n, here and in PyTorch.
+    units = 2 if dtype == torch.float32 else max(2, shape[1] ** 0.5 / 8)
+    assert ((dots.double() - expected).abs() <= units * torch.finfo(dtype).eps * torch.maximum(size, expected)).all()
 
 
 @settings(max_examples=40, deadline=None)

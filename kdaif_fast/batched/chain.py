@@ -8,6 +8,7 @@ the graph of the backward pass that J v would go through, take about as long as 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ _unpool = torch.ops.aten.max_pool2d_with_indices_backward.default
 _relu = torch.ops.aten.threshold_backward.grad_input
 
 
-class _Layer:
+class _Layer(ABC):
     """A node, and where in the flat vector its weight and bias are: None where it has none that is asked for."""
 
     by_sample: ClassVar[tuple[str, ...] | None] = None
@@ -48,16 +49,16 @@ class _Layer:
             raise NotBatchableError("a bias without its weight")
         self.weight, self.bias = weight, bias
 
+    @abstractmethod
     def push(self, tangent: Tensor | None, vector: Tensor) -> Tensor | None:
         """The outputs' change from that of the inputs (None: they do not change), which may be overwritten."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self, cotangent: Tensor, product: Tensor, wanted: bool, beta: int) -> Tensor | None:
         """The inputs' gradient if wanted, from that of the outputs, which may be overwritten.
 
         The parameters' gradients are written to the product (beta 0), or added to it (beta 1).
         """
-        raise NotImplementedError
 
     def rows(self, chosen: slice) -> _Layer:
         """The same for some of the samples; tensors are shared."""

@@ -6,6 +6,7 @@ convolution, the calls of a layer that is used several times. A bias is the colu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -87,26 +88,26 @@ def find_layer(group: Group) -> Layer | None:
     return LinearLayer(Shape(name, bias, 1, rows, columns, joined.transposed != path.transposes), joined)
 
 
-class Layer:
+class Layer(ABC):
     """What of a layer is asked for; inputs and output gradients are [N, T, ...]."""
 
     shape: Shape
 
+    @abstractmethod
     def input_moment(self, out: Tensor) -> None:
         """Add sum_it (a_it, 1) (a_it, 1)^T to [groups, width, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grad_moment(self, out: Tensor) -> int:
         """Add sum_it b_it b_it^T to [groups, rows, rows]; returns the number of positions, N T."""
-        raise NotImplementedError
 
+    @abstractmethod
     def squares(self, grad_basis: Tensor, input_basis: Tensor, out: Tensor) -> None:
         """Add sum_i (B^T G_i A)^2, element by element, to [groups, rows, width]; the bases' columns are B and A."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What it holds."""
-        raise NotImplementedError
 
 
 class LinearLayer(Layer):

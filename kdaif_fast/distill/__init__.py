@@ -1,0 +1,1 @@
+"""Distillation with weights from influence: the trainer, its mechanisms, rules and runs on disk."""

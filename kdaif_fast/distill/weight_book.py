@@ -1,0 +1,105 @@
+"""The weight of every sample, from one measurement to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMBINATIONS = ("mean", "product", "ema")
+
+
+class WeightBook:
+    """Weights of N samples, 1 until they are measured, kept on one device.
+
+    A measured weight is combined with the one measured before, if `combine` says how; the result is averaged with what
+    was in the book, if `ema` is not 0; what is read is divided by the mean, if `normalize`.
+
+    Args:
+        samples: N.
+        device: where they are kept.
+        combine: None; "mean" or "product" of the last two measurements; "ema": half the new one and half what all
+            earlier ones gave together (mechanism M4).
+        ema: the share that the old weight keeps at a new measurement, in [0, 1).
+        normalize: whether weights are divided by their mean over all samples that were ever measured, as it was at
+            `settle`.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        device: torch.device,
+        *,
+        combine: str | None = None,
+        ema: float = 0.0,
+        normalize: bool = False,
+    ) -> None:
+        if combine is not None and combine not in COMBINATIONS:
+            raise ValueError(f"combine is {combine!r}, expected None or one of {', '.join(COMBINATIONS)}")
+        if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+            raise ValueError(f"ema is {ema!r}, expected a number in [0, 1): the share that old weights keep")
+        self.combine, self.ema, self.normalize = combine, float(ema), normalize
+        self._measured = torch.ones(samples, device=device)
+        self._combined = torch.ones(samples, device=device)
+        self._weights = torch.ones(samples, device=device)
+        self._seen = torch.zeros(samples, dtype=torch.bool, device=device)
+        self._factor = torch.ones((), device=device)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weights.device
+
+    def read(self, indices: Tensor | None = None) -> Tensor:
+        """The weights of these samples, or of all; a copy."""
+        weights = self._weights.clone() if indices is None else self._weights[indices]
+        return weights * self._factor if self.normalize else weights
+
+    def record(self, indices: Tensor, measured: Tensor) -> Tensor:
+        """Take new measurements of these samples in; the weights that they have from now on."""
+        measured = measured.detach().to(self._weights)
+        seen = self._seen[indices]
+        now = torch.where(seen, self._combine(indices, measured), measured)
+        averaged = torch.where(seen, self.ema * self._weights[indices] + (1 - self.ema) * now, now)
+        self._measured[indices] = measured
+        self._combined[indices] = now
+        self._weights[indices] = averaged
+        self._seen[indices] = True
+        return averaged * self._factor if self.normalize else averaged
+
+    def settle(self) -> None:
+        """Take the mean that weights are divided by from the book as it is now."""
+        seen = self._seen.to(self._weights)
+        mean = (self._weights * seen).sum() / seen.sum()
+        # Weights that are all 0, or none measured: there is nothing to divide by.
+        self._factor = torch.where(mean > 0, 1 / mean, torch.ones_like(mean))
+
+    def _combine(self, indices: Tensor, measured: Tensor) -> Tensor:
+        if self.combine is None:
+            return measured
+        if self.combine == "product":
+            return measured * self._measured[indices]
+        return (measured + (self._measured if self.combine == "mean" else self._combined)[indices]) / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is in the book: tensors."""
+        return {
+            "measured": self._measured,
+            "combined": self._combined,
+            "weights": self._weights,
+            "seen": self._seen,
+            "factor": self._factor,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another book of as many samples held; ValueError for another number."""
+        found = len(state["weights"])
+        if found != len(self):
+            raise ValueError(f"the weights are of {found} samples, expected {len(self)}")
+        for name in ("measured", "combined", "weights", "seen", "factor"):
+            mine = getattr(self, f"_{name}")
+            setattr(self, f"_{name}", state[name].to(mine).clone())

@@ -1,0 +1,451 @@
+"""Weights for every sample of a training set from their influence, measured again as the model learns."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .._distributed import Group, gather_over_ranks
+from .._model import Batch, Loss, Params, require_no_batch_statistics, run_model, sample_losses
+from .._warn import warn_user
+from ..influence import influence_scores
+from ..ops import RowStats, row_stats
+from ..per_sample import WeightedStep, weighted_step
+from ..solvers import ConvergenceWarning, Solution
+from .indexed import (
+    IndexedBatch,
+    IndexedCollate,
+    IndexedDataset,
+    in_order,
+    sample_count,
+    shared_samples,
+    visited,
+    with_indices,
+)
+from .modes import device_of, evaluating, unwrapped
+from .rule_checks import checked_weights, require_usable
+from .rules import WeightRule, make_rule
+from .statistics import SampleStatistics
+from .taught import Taught, taught
+from .weight_book import WeightBook
+
+INFLUENCE: Mapping[str, Any] = {"tol": 3e-2, "max_iter": 50}
+"""A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9)."""
+
+SMALL_MODEL, LARGE_BATCH = 200_000, 1024
+"""Up to so many parameters, the passes of a solve take batches of so many samples."""
+
+POOR_RESIDUAL = 0.5
+"""A relative residual above which a direction is worth a warning."""
+
+
+class InfluenceWeighting:
+    """The weight of each training sample by its influence on the validation loss, measured again as the model learns.
+
+    What a trainer of any kind asks for weights. `refresh` says when they are measured:
+
+    - "epoch": at every call of `start_epoch`, for all samples.
+    - n: before every n-th step, at `start_step`, for all samples.
+    - "step": `start_epoch` only solves for the direction s, on at most `solve_samples` samples; every call of `step`
+      measures phi of its batch along it, in the same pass that gives the weighted gradients.
+
+    Args:
+        model: the student. It may be wrapped (torch.compile, DistributedDataParallel).
+        train: the training data: a DataLoader over a map-style data set (shuffled or not), a list of batches, or a data
+            set; see `with_indices`. For measuring it is gone through in order; random augmentation is as it comes, drawn
+            anew for each measurement.
+        val: a loader of labelled batches, or one batch: what the model shall become good at. Never the test data.
+        loss: (outputs, targets[, teacher_logits]) -> [n], as for influence_scores: the loss that the model is trained
+            with. Validation batches have no teacher logits.
+        teacher: gives teacher logits for batches that have none.
+        params: of which influence is taken; default all that require grad.
+        rule: a name in RULES, or any function (stats, phi, epoch) -> weights, see `WeightRule`.
+        refresh: when phi is measured, see above.
+        warmup_epochs: epochs before the first measurement, in which all weights are 1.
+        ema: share of the old weight that stays at each new measurement after the first, in [0, 1).
+        combine: how weights are combined with those of the measurement before: None, "mean", "product", or "ema".
+        normalize: divide weights by their mean over all samples.
+        influence: options of influence_scores: curvature, solver, damping, tol, max_iter, solver_options, keep_graphs,
+            memory. Default: tol 3e-2 and at most 50 products.
+        solve_samples: the curvature is that of at most so many samples, drawn anew for every solve and held in memory;
+            None for all.
+        solve_every: epochs from one measurement ("step": solve) to the next.
+        batch_size: of the passes that measure; default that of the loader, or 1,024 for models of at most 200,000
+            parameters.
+        group: a process group or "world": each rank's `train` and `val` are its own shards; weights of all are known to
+            all after each measurement. In a loader with a DistributedSampler a rank's shard is what that gives.
+        seed: of what rules draw, and of the samples that a solve takes.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; training data without indices; an empty `val`; for "step", a
+            layer that normalises by batch statistics, or a loss that weighs its terms by itself.
+
+    Warns:
+        UserWarning: training and validation data have samples in common; a solve that came nowhere near its solution.
+
+    Memory: four numbers a sample, and phi of every measurement, on the CPU (`measurements`); the samples of a solve with
+        the teacher's logits; what influence_scores and weighted_step need.
+
+    Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705).
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from kdaif_fast.distill import InfluenceWeighting, with_indices
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> data = TensorDataset(torch.randn(40, 4), torch.randint(0, 3, (40,)))
+        >>> loader = with_indices(DataLoader(data, batch_size=8, shuffle=True))
+        >>> weighting = InfluenceWeighting(model, loader, [(torch.randn(10, 4), torch.randint(0, 3, (10,)))])
+        >>> weighting.start_epoch(0)
+        True
+        >>> for indices, (x, y) in loader:
+        ...     losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        ...     loss = (weighting(indices) * losses).mean()
+        >>> weighting.weights.shape, bool((weighting.weights != 1).all())
+        (torch.Size([40]), True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        val: Any,
+        *,
+        loss: Loss | None = None,
+        teacher: nn.Module | None = None,
+        params: Params | None = None,
+        rule: str | WeightRule = "sigmoid",
+        refresh: str | int = "epoch",
+        warmup_epochs: int = 0,
+        ema: float = 0.0,
+        combine: str | None = None,
+        normalize: bool = False,
+        influence: Mapping[str, Any] | None = None,
+        solve_samples: int | None = 4096,
+        solve_every: int = 1,
+        batch_size: int | None = None,
+        group: Group = None,
+        seed: int = 0,
+    ) -> None:
+        self.refresh_schedule = check_schedule(refresh)
+        for name, value, least in (
+            ("warmup_epochs", warmup_epochs, 0),
+            ("solve_every", solve_every, 1),
+            ("solve_samples", solve_samples, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}")
+        self.model, self.teacher, self.loss = model, teacher, loss
+        self._plain = unwrapped(model)
+        self._device = device_of(self._plain)
+        self._params = (
+            None if params is None else params if isinstance(params, (str, Tensor, nn.Module)) else list(params)
+        )
+        self.rule = make_rule(rule) if isinstance(rule, str) else rule
+        if not callable(self.rule):
+            raise TypeError(
+                f"rule is a {type(rule).__name__}, expected a name or a function (stats, phi, epoch) -> weights"
+            )
+        if refresh == "step":
+            _require_one_pass(self._plain, loss)
+        self.warmup_epochs, self.solve_every = warmup_epochs, solve_every
+        self._influence = {**INFLUENCE, **(influence or {})}
+        self._solve_samples, self._group = solve_samples, group
+        self._train = _loader(train, batch_size)
+        self._batch_size = batch_size or _default_batch_size(self._plain, self._train)
+        self._val = _validation(val)
+        self._visited = visited(self._train)
+        shared = shared_samples(self._train, val)
+        if shared:
+            warn_user(
+                f"{shared} samples are both in the training and in the validation data; how they do there says little "
+                "about what training on them is worth",
+                UserWarning,
+            )
+        samples = max(gather_over_ranks(sample_count(self._train), group))
+        self._book = WeightBook(samples, self._device, combine=combine, ema=ema, normalize=normalize)
+        self._phi = torch.full((samples,), float("nan"), device=self._device)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._direction: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._epoch = 0
+        self._has_new_phi = False
+        self.measurements: list[tuple[int, Tensor]] = []
+        """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of every measurement."""
+        self.record: dict[str, Any] = {}
+        """Of the last solve: residual, iterations, damping, phi_low, phi_high, seconds."""
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight of every sample, [N], on the model's device; 1 where none was measured. A copy."""
+        return self._book.read()
+
+    @property
+    def phi(self) -> Tensor:
+        """Influence of every sample as last measured, [N]; positive: harmful; NaN where none was. A copy."""
+        return self._phi.clone()
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether the next steps shall go through `step`: refresh is "step", and there is a direction."""
+        return self._direction is not None
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """The weights of these samples, [n], on the model's device."""
+        return self._book.read(indices.to(self._device, non_blocking=True))
+
+    def start_epoch(self, epoch: int) -> bool:
+        """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
+        self._epoch = epoch
+        self._note_steps()
+        since = epoch - self.warmup_epochs
+        if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
+            return False
+        self.refresh()
+        return True
+
+    def start_step(self, step: int) -> bool:
+        """Say that a step begins, counted from 0 over all epochs; measure if `refresh` is a number and it is time to."""
+        n = self.refresh_schedule
+        if isinstance(n, str) or step % n or self._epoch < self.warmup_epochs:
+            return False
+        self.refresh()
+        return True
+
+    def refresh(self) -> None:
+        """Measure now: solve for the direction, and, unless refresh is "step", phi and the weights of all samples."""
+        start = time.perf_counter()
+        is_step = self.refresh_schedule == "step"
+        places = self._places_to_solve()
+        with evaluating(self._plain, self.teacher):
+            taught_to_solve = self._taught(places)
+            solved = list(taught_to_solve)
+            if is_step or len(places) == len(self._visited):
+                measured, source = places, taught_to_solve
+                phi, solution = self._scores(solved, None)
+            else:
+                measured, source = self._visited, self._taught(self._visited)
+                phi, solution = self._scores(source, solved)
+            all_places, all_phi = self._over_ranks(measured), self._over_ranks(phi)
+            self._reference = all_phi
+            if is_step:
+                self._direction = solution.x
+            else:
+                self._measure(all_places, all_phi, measured, source.targets)
+        self._book.settle()
+        low, high = torch.aminmax(all_phi)
+        self.record = {
+            "residual": float(torch.as_tensor(solution.residual).max()),
+            "iterations": int(solution.iterations),
+            "damping": float(solution.damping),
+            "phi_low": float(low),
+            "phi_high": float(high),
+            "seconds": time.perf_counter() - start,
+        }
+        if self.record["residual"] > POOR_RESIDUAL:
+            warn_user(
+                f"the solve for influence ended at a relative residual of {self.record['residual']:.2g}: weights are "
+                'rough. Give influence={"max_iter": ...} a larger number, or more damping',
+                ConvergenceWarning,
+            )
+
+    def step(self, batch: Any, indices: Tensor, *, divisor: float | None = None, weighs: bool = True) -> WeightedStep:
+        """One pass over a batch: losses, phi, weights, and the gradient of sum_i w_i l_i / divisor added to `.grad`.
+
+        Before there is a direction (while warming up) the weights are those of the book.
+
+        Args:
+            batch: (inputs, targets[, teacher_logits]), or a mapping; the teacher gives logits that are missing.
+            indices: int64 [n].
+            divisor: default n.
+            weighs: False measures and keeps weights, but gives gradients without them (mechanism M2).
+
+        Returns:
+            Losses, phi and weights, each [n]; the weights are those that the gradients have.
+        """
+        with evaluating(self.teacher):
+            samples = taught(batch, self.teacher, self._device)
+        where = indices.to(self._device, non_blocking=True)
+        options: dict[str, Any] = {"loss": self.loss, "params": self._params, "divisor": divisor}
+        if self._direction is None:
+            weights = self._book.read(where)
+            return weighted_step(self.model, samples, weights if weighs else torch.ones_like(weights), **options)
+
+        def weigh(phi: Tensor) -> Tensor:
+            weights = self._weigh(where, phi, lambda: [samples], samples.targets)
+            return weights if weighs else torch.ones_like(weights)
+
+        return weighted_step(self.model, samples, weight_fn=weigh, direction=self._direction, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next weights depend on: tensors and plain values."""
+        return {
+            "book": self._book.state_dict(),
+            "phi": self._phi,
+            "direction": self._direction,
+            "reference": self._reference,
+            "generator": self._generator.get_state(),
+            "epoch": self._epoch,
+            "has_new_phi": self._has_new_phi,
+            "measurements": [[epoch, phi] for epoch, phi in self.measurements],
+            "record": self.record,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the weighting that gave this state would; ValueError if it was of other samples or parameters."""
+        direction = state["direction"]
+        if direction is not None and self._direction is not None and direction.shape != self._direction.shape:
+            raise ValueError(
+                f"the state's direction has {direction.numel()} elements, expected {self._direction.numel()}"
+            )
+        self._book.load_state_dict(state["book"])
+        self._phi = state["phi"].to(self._device).clone()
+        self._direction = None if direction is None else direction.to(self._device)
+        reference = state["reference"]
+        self._reference = None if reference is None else reference.to(self._device)
+        self._generator.set_state(state["generator"].cpu())
+        self._epoch, self._has_new_phi = state["epoch"], state["has_new_phi"]
+        self.measurements = [(epoch, phi) for epoch, phi in state["measurements"]]
+        self.record = dict(state["record"])
+
+    def _taught(self, places: Tensor) -> Taught:
+        return Taught(in_order(self._train, places, self._batch_size), self.teacher, self._device)
+
+    def _places_to_solve(self) -> Tensor:
+        count = self._solve_samples
+        if count is None or count >= len(self._visited):
+            return self._visited
+        chosen = torch.randperm(len(self._visited), generator=self._generator)[:count]
+        return self._visited[chosen.sort().values]
+
+    def _scores(self, scored: Any, curved: Any) -> tuple[Tensor, Solution]:
+        with warnings.catch_warnings():
+            # A rough solve is what is asked for; `record` has the residual.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return influence_scores(
+                self._plain,
+                scored,
+                Taught(self._val, None, self._device),
+                loss=self.loss,
+                params=self._params,
+                curvature_data=curved,
+                group=self._group,
+                return_solution=True,
+                **{"progress": False, **self._influence},
+            )
+
+    def _measure(self, places: Tensor, phi: Tensor, own: Tensor, targets: list[Any]) -> None:
+        """Weights of the samples at these places, which are those of all ranks; `own` and targets are this rank's."""
+        where = places.to(self._device)
+        are_tensors = all(isinstance(part, Tensor) for part in targets)
+        labels = self._over_ranks(torch.cat(targets)) if are_tensors else None
+        weights = self._weigh(where, phi, lambda: self._taught(own), labels, self._over_ranks)
+        require_usable(weights, places)
+        self._keep()
+
+    def _weigh(
+        self,
+        where: Tensor,
+        phi: Tensor,
+        batches: Callable[[], Any],
+        targets: Any,
+        over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        assert self._reference is not None
+
+        def rows() -> RowStats:
+            found = [self._rows(batch) for batch in batches()]
+            return RowStats(
+                *(None if part[0] is None else over_ranks(torch.cat(part)) for part in zip(*found, strict=True))
+            )
+
+        def losses() -> Tensor:
+            return over_ranks(torch.cat([self._losses(batch) for batch in batches()]))
+
+        stats = SampleStatistics(where, targets, self._reference, self._generator, rows=rows, losses=losses)
+        weights = checked_weights(self.rule(stats, phi, self._epoch), phi)
+        self._phi[where] = phi.detach().to(self._phi)
+        self._has_new_phi = True
+        return self._book.record(where, weights)
+
+    @torch.no_grad()
+    def _rows(self, batch: Batch) -> RowStats:
+        with evaluating(self._plain):
+            return row_stats(run_model(self._plain, batch.inputs, "batch"), batch.teacher_logits, batch.targets)
+
+    @torch.no_grad()
+    def _losses(self, batch: Batch) -> Tensor:
+        with evaluating(self._plain):
+            return sample_losses(self.loss, run_model(self._plain, batch.inputs, "batch"), batch, "batch")
+
+    def _over_ranks(self, tensor: Tensor) -> Tensor:
+        if self._group is None:
+            return tensor
+        return torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
+
+    def _note_steps(self) -> None:
+        """Keep what the steps since the last epoch have measured."""
+        if self._has_new_phi:
+            self._keep()
+
+    def _keep(self) -> None:
+        self.measurements.append((self._epoch, self._phi.cpu().clone()))
+        self._has_new_phi = False
+
+
+def check_schedule(refresh: Any) -> str | int:
+    """The schedule, if it is one; ValueError otherwise."""
+    if refresh in ("epoch", "step") or (isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1):
+        return refresh
+    raise ValueError(f"refresh is {refresh!r}, expected 'epoch', 'step', or a number of steps >= 1")
+
+
+def _require_one_pass(model: nn.Module, loss: Loss | None) -> None:
+    if hasattr(loss, "weighted"):
+        raise ValueError(
+            f"refresh is 'step', which multiplies a sample's whole loss by its weight, but {type(loss).__name__} weighs "
+            "its terms by itself; expected refresh='epoch' or a number of steps"
+        )
+    try:
+        require_no_batch_statistics(model)
+    except ValueError as error:
+        raise ValueError(
+            f"refresh is 'step', but {error}, or take refresh='epoch', which measures in eval mode"
+        ) from error
+
+
+def _loader(train: Any, batch_size: int | None) -> Any:
+    data = with_indices(train)
+    if not isinstance(data, IndexedDataset):
+        return data
+    return DataLoader(data, batch_size or 256, collate_fn=IndexedCollate(torch.utils.data.default_collate))
+
+
+def _default_batch_size(model: nn.Module, loader: Any) -> int:
+    own = getattr(loader, "batch_size", None)
+    if own is None:
+        own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
+    is_small = sum(p.numel() for p in model.parameters()) <= SMALL_MODEL
+    return max(own, LARGE_BATCH) if is_small else own
+
+
+def _validation(val: Any) -> Any:
+    """Batches of validation samples; ValueError if there is none."""
+    if isinstance(val, (tuple, Mapping)) and not isinstance(val, IndexedBatch):
+        return [val]
+    if isinstance(val, IndexedBatch):
+        return [val]
+    try:
+        if len(val) == 0:
+            raise ValueError("val is empty: influence is on the loss of its samples")
+    except TypeError:  # it does not know its length
+        pass
+    return val

@@ -2,62 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import kdaif_fast
 from kdaif_fast import influence_scores
-from tests.cases import CLASSES
-
-
-class Regression:
-    """l2-regularised logistic regression, solved by Newton's method: retraining is exact and cheap."""
-
-    def __init__(self, decay, N=300, features=5, seed=0):
-        random = torch.Generator().manual_seed(seed)
-        truth = torch.randn(features, CLASSES, generator=random, dtype=torch.float64)
-
-        def draw(n):
-            x = torch.randn(n, features, generator=random, dtype=torch.float64)
-            noise = torch.rand(n, CLASSES, generator=random, dtype=torch.float64)
-            return x, (x @ truth - (-noise.log()).log()).argmax(1)
-
-        self.batch, self.val = draw(N), draw(100)
-        flips = torch.randperm(N, generator=random)[: N // 10]
-        self.flipped = torch.zeros(N, dtype=torch.bool).index_fill(0, flips, True)
-        self.batch[1][flips] = (self.batch[1][flips] + 1) % CLASSES
-        self.decay, self.shape = decay, (CLASSES, features)
-        self.start = torch.zeros(CLASSES * features, dtype=torch.float64)
-        self.start = self.fit(torch.ones(N, dtype=torch.float64))  # near what other weights lead to
-
-    def losses(self, theta, batch):
-        return F.cross_entropy(batch[0] @ theta.view(self.shape).T, batch[1], reduction="none")
-
-    def fit(self, weight):
-        """Parameters at which the gradient of the weighted, regularised mean loss is below 1e-12."""
-        N = len(weight)
-
-        def objective(theta):
-            return (weight * self.losses(theta, self.batch)).sum() / N + self.decay / 2 * theta @ theta
-
-        theta = self.start
-        for _ in range(50):
-            gradient = torch.func.grad(objective)(theta)
-            if gradient.norm() < 1e-12:
-                return theta
-            H = torch.func.jacfwd(torch.func.grad(objective))(theta)
-            # Without decay the softmax leaves directions of no curvature; least squares steps across them.
-            theta = theta - torch.linalg.lstsq(H, gradient, driver="gelsd").solution
-        raise AssertionError("Newton's method did not converge")
-
-    def validation_loss(self, weight):
-        return self.losses(self.fit(weight), self.val).mean()
-
-    def model(self):
-        model = nn.Linear(self.shape[1], self.shape[0], bias=False, dtype=torch.float64)
-        theta = self.fit(torch.ones(len(self.batch[1]), dtype=torch.float64))
-        model.weight.data = theta.view(self.shape).clone()
-        return model
+from tests.influence.cases import Regression
 
 
 def slope_and_correlation(predicted, actual):

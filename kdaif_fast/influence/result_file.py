@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import replaced
 from .array_files import ArrayFile, require_writable
 from .fingerprint import differences, digest
 
@@ -109,11 +110,8 @@ class ResultFile:
 
     def save_solution(self, x: Tensor, report: Mapping[str, Any]) -> None:
         """Keep x [P] or [K, P], and what the solve says of it (for JSON)."""
-        part = _beside(self._solution_path, ".part")
-        with part.open("wb") as file:
+        with replaced(self._solution_path) as part, part.open("wb") as file:
             np.save(file, x.detach().cpu().numpy())
-            _to_disk(file)
-        part.replace(self._solution_path)
         self._record["solution"] = {**report, "digest": digest([x])}
         self._write_record()
 
@@ -161,17 +159,9 @@ class ResultFile:
         return torch.from_numpy(ArrayFile.open(self.path, "c").values)
 
     def _write_record(self) -> None:
-        part = _beside(self._record_path, ".part")
-        with part.open("w") as file:
-            json.dump(self._record, file, indent=1)
-            _to_disk(file)
-        part.replace(self._record_path)
+        with replaced(self._record_path) as part:
+            part.write_text(json.dumps(self._record, indent=1))
 
 
 def _beside(path: Path, end: str) -> Path:
     return path.with_name(path.name + end)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -22,6 +22,7 @@ BELOW = {
     "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_files": set(),
+    "_config": set(),
     "_distributed": set(),
     "_objective": {"_model", "_tree", "batched"},
     "solvers": {"_tree", "_warn", "ops"},
@@ -30,9 +31,12 @@ BELOW = {
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
-        "_files",
+        *("_config", "_files"),
     },
-    "distill": {"influence", "per_sample", "ops", "_model", "_data", "_distributed", "_files", "_tree", "_warn"},
+    "distill": {
+        *("influence", "per_sample", "ops", "_model", "_data", "_distributed", "_tree", "_warn"),
+        *("_config", "_files"),
+    },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"demo", "influence", "info", "__init__"},

@@ -110,11 +110,12 @@ class Section:
             raise self.wrong(key, "expected text")
         return value
 
-    def choice(self, key: str, names: Iterable[str], default: Any = REQUIRED) -> Any:
-        """One of the names; or the default."""
+    def choice(self, key: str, names: Iterable[Any], default: Any = REQUIRED) -> Any:
+        """One of the names, or numbers; or the default."""
         value, known = self.value(key, default), list(names)
-        if key in self and value not in known:
-            raise self.wrong(key, f"expected one of {', '.join(known)}{meant(value, known)}")
+        if key in self and (value not in known or isinstance(value, bool)):
+            shown = [str(name) for name in known]
+            raise self.wrong(key, f"expected one of {', '.join(shown)}{meant(value, shown)}")
         return value
 
     def flag(self, key: str, default: Any = False) -> Any:
@@ -229,7 +230,9 @@ class Importer:
         """As `object`, for what can be called."""
         found = self.object(key, value)
         if not callable(found):
-            raise ConfigError(f"{self.path}: {key} is {value!r}, which is a {type(found).__name__}, expected a function")
+            raise ConfigError(
+                f"{self.path}: {key} is {value!r}, which is a {type(found).__name__}, expected a function"
+            )
         return found
 
     def call(self, key: str, value: str, arguments: Mapping[str, Any], **offered: Any) -> Any:

@@ -305,7 +305,7 @@ def told(error: BaseException) -> str:
 
 
 def load_weights(path: Path, key: str, model: nn.Module, checkpoint: Path) -> None:
-    """Load a state dict, of torch.save or .safetensors, into the model; ConfigError, naming the key, if it does not fit."""
+    """Load a state dict, of torch.save or .safetensors, into the model; ConfigError, naming the key, if that fails."""
     try:
         if checkpoint.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -55,7 +55,7 @@ BELOW = {
 }
 OPTIONAL = {
     *("sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors", "jinja2", "PIL"),
-    *("accelerate", "datasets", "tensorboard"),
+    *("accelerate", "datasets", "tensorboard", "torchvision"),
 }
 
 

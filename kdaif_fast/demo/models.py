@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def cnn(width: int = 16, classes: int = 10) -> nn.Module:
     """A convolutional network for small grey images [N, 1, H, W], H and W at least 4: [N, classes].
 
-    Two convolutions with a pooling after each, and a linear layer; GroupNorm, so that every sample has a gradient of its
-    own.
+    Two convolutions with a pooling after each, and a linear layer; GroupNorm, so that every sample has a gradient of
+    its own.
 
     Example:
         >>> cnn(width=4)(torch.zeros(2, 1, 8, 8)).shape

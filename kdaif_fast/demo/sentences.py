@@ -1,7 +1,7 @@
 """A corpus of short film reviews from a small grammar: two classes, sentences of different lengths, as SST-2 has them.
 
-What a sentence says is no matter of one word. Negation turns a judgement round ("not at all dull"), and so does "hardly"
-or "far from"; of two judgements joined by "but" the second one counts, and of two joined by "although" the first.
+What a sentence says is no matter of one word. Negation turns a judgement round ("not at all dull"), and so does
+"hardly" or "far from"; of two judgements joined by "but" the second one counts, of two joined by "although" the first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def corpus(size: int = 2000, validation: int = 300, test: int = 500, seed: int =
         seed: of what the grammar draws.
 
     Returns:
-        Samples ({"input_ids": [...]}, label), brought together with a mask; the vocabulary is that of the training part.
+        Samples ({"input_ids": [...]}, label), brought together with a mask; the vocabulary is that of the training
+        part.
 
     Example:
         >>> parts = corpus(size=8, validation=2, test=2)

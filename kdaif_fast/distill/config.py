@@ -384,6 +384,6 @@ def _require_taught(path: Path, mechanism: str, teacher: ModelOptions, run: Sect
         return
     if not teacher.model.startswith("transformers:"):
         raise ConfigError(
-            f"{path}: distill.mechanism is {mechanism!r}, whose teacher is not trained: expected teacher.checkpoint, or "
-            "run.teacher_epochs, for how long it is trained before (0 if it comes trained)"
+            f"{path}: distill.mechanism is {mechanism!r}, whose teacher is not trained: expected teacher.checkpoint, "
+            "or run.teacher_epochs, for how long it is trained before (0 if it comes trained)"
         )

@@ -108,7 +108,7 @@ def _of_torchvision(options: ModelOptions, importer: Importer, name: str, data: 
 
 
 def _of_transformers(options: ModelOptions, path: Path, name: str, data: Loaded) -> nn.Module:
-    """A model from a folder (its weights, or, where there are none, its config.json), or a new one of a type, "bert"."""
+    """A model of a folder (weights, or, without any, config.json), or a new one of a type: "bert"."""
     key = f"{options.key}.model"
     try:
         import transformers
@@ -140,8 +140,8 @@ def _of_transformers(options: ModelOptions, path: Path, name: str, data: Loaded)
             require_known(path, options.arguments, _settings_of(config), f"{options.key}.arguments.")
         else:
             raise ConfigError(
-                f"{path}: {key} is {options.model!r}, but there is no folder {folder}, and no type of model of that name"
-                f"{meant(name, CONFIG_MAPPING_NAMES)}"
+                f"{path}: {key} is {options.model!r}, but there is no folder {folder}, and no type of model that is "
+                f"called so{meant(name, CONFIG_MAPPING_NAMES)}"
             )
         new: nn.Module = auto.from_config(config)
         return new

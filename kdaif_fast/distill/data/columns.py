@@ -51,8 +51,8 @@ def choose_columns(section: Section, given: Mapping[str, Any], dataset: Any) -> 
     if not images and len(texts) == 1:
         return Columns(label, text=(texts[0],), group=group)
     raise ConfigError(
-        f"{section.path}: the key 'data.columns' is missing: expected text, image or features to say which of the columns "
-        f"{', '.join(others)} are inputs"
+        f"{section.path}: the key 'data.columns' is missing: expected text, image or features to say which of the "
+        f"columns {', '.join(others)} are inputs"
     )
 
 

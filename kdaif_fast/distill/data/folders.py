@@ -65,7 +65,9 @@ def load(options: Options, importer: Importer) -> DataParts:
     raw = found["train"]
     names = getattr(raw, "classes", None)
     _require_same_classes(section, found)
-    views = {name: Mapped(dataset, Pictured(reader)) for name, dataset in found.items() if name != "train"}
+    views: dict[str, Any] = {
+        name: Mapped(dataset, Pictured(reader)) for name, dataset in found.items() if name != "train"
+    }
     return DataParts(
         Mapped(raw, Pictured(training_reader)),
         **views,
@@ -139,6 +141,6 @@ def _require_same_classes(section: Section, found: Mapping[str, Any]) -> None:
     for name, classes in names.items():
         if classes != names.get("train", classes):
             raise ConfigError(
-                f"{section.path}: data.splits.{name} has the classes {classes[:10]}, expected those of the training part: "
-                f"{names['train'][:10]}"
+                f"{section.path}: data.splits.{name} has the classes {classes[:10]}, expected those of the "
+                f"training part: {names['train'][:10]}"
             )

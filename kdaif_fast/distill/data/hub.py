@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face `datasets`, already on disk: of save_to_disk, parquet, CSV or JSON files, picture folders."""
+"""Data sets of Hugging Face `datasets` on disk: of save_to_disk, of parquet, CSV or JSON files, picture folders."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def load(options: Options, importer: Importer) -> DataParts:
     for name, some in labels.items():
         if min(some, default=0) < 0:
             raise ConfigError(f"{section.path}: data.splits.{name} has labels below 0, which are no classes")
-    groups = None if columns.group is None else [_plain(group) for group in train[columns.group]]
+    groups: Any = None if columns.group is None else [_plain(group) for group in train[columns.group]]
     facts = SampleFacts(class_names=names, groups=groups, describe=_Shown(train, columns))
     classes = max(len(names or ()), 1 + max(labels["train"], default=0))
     if columns.image is not None:
         return _pictures(options, importer, chosen, labels, columns, facts, classes)
     if columns.text:
         return _texts(options, chosen, labels, columns, facts, classes)
-    parts = {
+    parts: dict[str, Any] = {
         name: TensorDataset(_numbers(section, part, columns), torch.tensor(labels[name]))
         for name, part in chosen.items()
     }
@@ -112,7 +112,7 @@ def _pictures(
 ) -> DataParts:
     training_reader, reader = readers(options.images, importer)
     rows = {name: _Labelled(part, columns.image, labels[name]) for name, part in chosen.items()}
-    views = {name: Mapped(row, Pictured(reader)) for name, row in rows.items()}
+    views: dict[str, Any] = {name: Mapped(row, Pictured(reader)) for name, row in rows.items()}
     augmented = Mapped(rows["train"], Pictured(training_reader))
     return DataParts(**{**views, "train": augmented}, unaugmented=views["train"], facts=facts, classes=classes)
 
@@ -142,7 +142,7 @@ def _texts(
             for name, some in texts.items()
         }
         padding, size = tokenizer.pad_token_id or 0, len(tokenizer)
-    parts = {name: Encoded(encoded[name], labels[name]) for name in chosen}
+    parts: dict[str, Any] = {name: Encoded(encoded[name], labels[name]) for name in chosen}
     return DataParts(**parts, facts=facts, classes=classes, collate=PaddedCollate(padding), vocabulary=size)
 
 
@@ -223,7 +223,8 @@ def _chosen(options: Options, found: Mapping[str, Any]) -> dict[str, Any]:
     for name, split in options.splits.items():
         if split not in found:
             raise ConfigError(
-                f"{section.path}: data.splits.{name} is {split!r}, expected one of {', '.join(found)}{meant(split, found)}"
+                f"{section.path}: data.splits.{name} is {split!r}, expected one of {', '.join(found)}"
+                f"{meant(split, found)}"
             )
     taken = set(options.splits.values())
     chosen = {name: found[split] for name, split in options.splits.items()}

@@ -71,7 +71,7 @@ class ImageReader:
         )
 
     def __call__(self, picture: Any) -> Tensor:
-        """The tensor, of a picture of Pillow; of an array or tensor [H, W], [H, W, C] or [C, H, W], which keeps its size."""
+        """The tensor: of a picture of Pillow; of an array [H, W], [H, W, C] or [C, H, W], which keeps its size."""
         if self.transform is not None:
             picture = self.transform(picture)
             if isinstance(picture, Tensor):

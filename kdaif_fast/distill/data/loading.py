@@ -113,8 +113,8 @@ def _held_out(options: DataOptions, parts: DataParts) -> DataParts:
     if sum(numbers.values()) >= samples:
         told_numbers = " and ".join(f"{number} for {name}" for name, number in numbers.items())
         raise ConfigError(
-            f"{section.path}: data.{next(iter(numbers))}: {told_numbers} held out of {samples} samples leave none to train "
-            "on"
+            f"{section.path}: data.{next(iter(numbers))}: {told_numbers} held out of {samples} samples leave none to "
+            "train on"
         )
     return hold_out(parts, numbers, options.seed)
 

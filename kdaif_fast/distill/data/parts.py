@@ -19,7 +19,7 @@ class DataParts:
     """What a function that a config names may return: data, and what is known of them.
 
     Args:
-        train: a map-style data set of (input, label) or of mappings with a label; or a DataLoader, or a list of batches.
+        train: a map-style data set of (input, label) or of mappings with a label; a DataLoader; or a list of batches.
         validation, test: the same, or None: then they can be held out of `train`, if that is a data set.
         facts: what is known of the samples of `train`.
         collate: how samples become a batch; None for torch's way.
@@ -113,9 +113,13 @@ def facts_of(facts: SampleFacts, places: Sequence[int]) -> SampleFacts:
         facts,
         flipped=None if facts.flipped is None else facts.flipped[list(places)],
         true_labels=None if facts.true_labels is None else facts.true_labels[list(places)],
-        groups=None if facts.groups is None else [facts.groups[place] for place in places],
+        groups=None if facts.groups is None else _picked(facts.groups, places),
         describe=None if describe is None else _Elsewhere(describe, places),
     )
+
+
+def _picked(values: Any, places: Sequence[int]) -> Any:
+    return [values[place] for place in places]
 
 
 class _Elsewhere:

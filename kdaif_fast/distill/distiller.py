@@ -22,7 +22,7 @@ from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, with_indices
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
-from .optimising import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler, take_step
+from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .progress import TrainingProgress
 from .random_states import random_state, set_random_state
 from .replay import EpochReplay
@@ -316,8 +316,7 @@ class Distiller:
                 indexed = require_indices(given)
                 self._joint_step().teach(indexed, len(indexed.indices))
                 take_step(self.teacher_optimizer, self.clip_norm)
-            if self.teacher_scheduler is not None:
-                self.teacher_scheduler.step()
+            end_epoch(self.teacher_scheduler)
             self._tally.teacher_epochs += 1
             self._save_run()
 
@@ -487,9 +486,9 @@ class Distiller:
         return replay.start()
 
     def _end_epoch(self, val_loader: Any, test_loader: Any, bar: TrainingProgress) -> None:
-        for scheduler in (self.student_scheduler, self.teacher_scheduler if self.mechanism.trains_teacher else None):
-            if scheduler is not None:
-                scheduler.step()
+        end_epoch(self.student_scheduler)
+        if self.mechanism.trains_teacher:
+            end_epoch(self.teacher_scheduler)
         self._watch.flush()
         self._tally.epoch += 1
         record = self._record(val_loader, test_loader)

@@ -386,7 +386,14 @@ class InfluenceWeighting:
         return torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
 
     def _note_steps(self) -> None:
-        """Keep what the steps since the last epoch have measured."""
+        """Keep what the steps since the last epoch have measured, on all ranks."""
+        if self._group is not None and self.refresh_schedule == "step":
+            changes = self._book.take_changes()
+            phi = self._phi[changes["indices"].to(self._device)].cpu()
+            for its, its_phi in gather_over_ranks((changes, phi), self._group):
+                self._book.merge(its)
+                self._phi[its["indices"].to(self._device)] = its_phi.to(self._device)
+                self._has_new_phi |= len(its_phi) > 0
         if self._has_new_phi:
             self._keep()
 

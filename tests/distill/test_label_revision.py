@@ -149,6 +149,13 @@ def test_under_transforms():
     torch.testing.assert_close(each, whole)
 
 
+def test_nothing_looks_at_values_on_other_devices():
+    """Tensors without values cannot be looked at, so no GPU would be waited for either."""
+    outputs, targets, teacher, weights = (x.to("meta") for x in (*rows(), torch.ones(6)))
+    assert LOSS.weighted(outputs, targets, teacher, weights).shape == (6,)
+    assert LOSS.revised(targets, teacher).shape == (6, 5)
+
+
 class TestInfluence:
     @pytest.mark.parametrize("name", ["linear", "mlp"])
     def test_scores_are_those_of_the_plain_loss(self, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch.utils.data import DataLoader
 
 from .random_states import random_state, set_random_state
 
-_PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "transform", "transforms", "collate_fn")
+_PARTS = ("sampler", "batch_sampler", "dataset", "transform", "collate_fn")
 """Attributes of a loader, and of these in turn, that may have a random generator of their own, or a state_dict."""
+
+_SEVERAL = ("datasets", "transforms")
+"""Those that are lists of such."""
 
 
 class EpochReplay:
@@ -212,15 +216,18 @@ def _parts(loader: Any) -> dict[str, Any]:
         if any(part is other for other in found.values()):
             continue
         found[path] = part
-        inner: dict[Any, Any] = {name: _attributes(part).get(name) for name in _PARTS}
-        if isinstance(part, (list, tuple)) and path != "loader":  # several data sets or transforms; batches are many
-            inner = dict(enumerate(part))
-        todo += [(f"{path}.{name}", value) for name, value in inner.items() if value is not None]
+        attributes = _attributes(part)
+        for name in _PARTS:
+            if attributes.get(name) is not None:
+                todo.append((f"{path}.{name}", attributes[name]))
+        for name in _SEVERAL:
+            if isinstance(attributes.get(name), (list, tuple)):
+                todo += [(f"{path}.{name}.{i}", item) for i, item in enumerate(attributes[name])]
     return found
 
 
 def _attributes(part: Any) -> Mapping[str, Any]:
-    return getattr(getattr(part, "__self__", part), "__dict__", {})  # of a method: those of its object
+    return getattr(part.__self__ if isinstance(part, types.MethodType) else part, "__dict__", {})
 
 
 def _stateful_samplers(loader: Any) -> list[tuple[str, Any]]:

@@ -36,10 +36,14 @@ class EpochReplay:
     random.Random). A sampler with state_dict and load_state_dict is asked for its state at the start of the epoch; a
     loader that has them (torchdata's StatefulDataLoader) for its place, and then nothing is drawn and dropped.
 
-    What cannot be replayed: a sampler that draws from the global generators after it has given its first index, or a
+    Workers that are persistent are started anew in every epoch: their random states go on from one epoch to the next,
+    and nobody can read them.
+
+    What cannot be replayed: a sampler that draws from the global generators after it has given its first index; a
     loader that draws samples ahead of the step in this process; a data set that keeps a generator where it is not
-    found; other numbers of workers than before. Workers that are persistent are started anew in every epoch: their
-    random states go on from one epoch to the next, and nobody can read them.
+    found; augmentation with another number of workers than before. And where something else goes through the same
+    loader in the middle of an epoch: a sampler with a state_dict, one that draws from a generator of its own as it
+    goes, and persistent workers (which draw a seed when they are started, and none when they are used again).
 
     Args:
         loader: something that can be iterated again and again: a DataLoader, a list of batches. One process of
@@ -67,8 +71,8 @@ class EpochReplay:
                 "DataLoader or a list of batches"
             )
         self.loader = loader
+        self.given = 0  # batches of this epoch, with those before a resume; 0 between epochs
         self._start: dict[str, Any] | None = None  # None between epochs
-        self._given = 0
         self._first: str | None = None
 
     def start(self) -> Iterator[Any]:
@@ -76,20 +80,21 @@ class EpochReplay:
         self._start = {
             "random": random_state(),
             "generators": _states(self.loader),
-            "samplers": {name: part.state_dict() for name, part in _stateful_samplers(self.loader)},
+            "samplers": _sampler_states(self.loader),
             "epochs": _epochs(self.loader),
         }
-        self._given, self._first = 0, None
+        self.given, self._first = 0, None
         return self._give(_iterator(self.loader))
 
     def state(self) -> dict[str, Any]:
         """Where it is, as a tree for write_state: to be asked for after a batch was worked on, before the next."""
         return {
             "start": self._start,
-            "given": self._given,
+            "given": self.given,
             "first_batch": self._first,
             "batches": _length(self.loader),
             "now": _states(self.loader),
+            "samplers": _sampler_states(self.loader) if self._start is None else None,
             "loader": self.loader.state_dict() if _is_stateful(self.loader) else None,  # type: ignore[attr-defined]
         }
 
@@ -102,10 +107,12 @@ class EpochReplay:
         Raises ValueError if the loader has others than it had.
         """
         _set_states(self.loader, state["now"])
-        in_an_epoch = state["start"] is not None
-        if state["loader"] is not None and not in_an_epoch:
+        if state["start"] is not None:
+            return True
+        _set_sampler_states(self.loader, state["samplers"])
+        if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
-        return in_an_epoch
+        return False
 
     def resume(self, state: Mapping[str, Any], then: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """The batches that were still to come when `state` was noted; a new epoch, if none had been begun.
@@ -132,9 +139,7 @@ class EpochReplay:
         self._require_equal(state)
         set_random_state(start["random"])
         _set_states(self.loader, start["generators"])
-        for name, part in _stateful_samplers(self.loader):
-            if name in start["samplers"]:
-                part.load_state_dict(start["samplers"][name])
+        _set_sampler_states(self.loader, start["samplers"])
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         batches = _iterator(self.loader)
@@ -143,16 +148,16 @@ class EpochReplay:
         _set_states(self.loader, state["now"])
         if then is not None:
             set_random_state(then)
-        self._start, self._given, self._first = start, given, state["first_batch"]
+        self._start, self.given, self._first = start, given, state["first_batch"]
         return self._give(batches)
 
     def _give(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self._given += 1
-            if self._given == 1:
+            self.given += 1
+            if self.given == 1:
                 self._first = _look_at(batch)
             yield batch
-        self._start, self._given, self._first = None, 0, None
+        self._start, self.given, self._first = None, 0, None
 
     def _drop(self, batches: Iterator[Any], given: int, first: str | None) -> None:
         for number in range(given):
@@ -235,6 +240,16 @@ def _stateful_samplers(loader: Any) -> list[tuple[str, Any]]:
         return []  # which takes care of them
     samplers = [(name, part) for name, part in _parts(loader).items() if name.endswith("sampler")]
     return [(name, part) for name, part in samplers if _is_stateful(part)]
+
+
+def _sampler_states(loader: Any) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in _stateful_samplers(loader)}
+
+
+def _set_sampler_states(loader: Any, states: Mapping[str, Any]) -> None:
+    for name, part in _stateful_samplers(loader):
+        if name in states:
+            part.load_state_dict(states[name])
 
 
 def _epochs(loader: Any) -> dict[str, int]:

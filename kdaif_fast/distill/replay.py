@@ -33,8 +33,8 @@ class EpochReplay:
 
     Noted are the global generators of torch, numpy and Python, and those that the loader, its samplers, its data set,
     its transform or its collate_fn have as attributes (torch.Generator, numpy's Generator and RandomState,
-    random.Random). A sampler with state_dict and load_state_dict is asked for its state at the start of the epoch; a
-    loader that has them (torchdata's StatefulDataLoader) for its place, and then nothing is drawn and dropped.
+    random.Random). A sampler with state_dict and load_state_dict is asked for its state at the start of the epoch. A
+    loader with them that is no DataLoader is asked for its place, and then nothing is drawn and dropped.
 
     Workers that are persistent are started anew in every epoch: their random states go on from one epoch to the next,
     and nobody can read them.
@@ -95,7 +95,7 @@ class EpochReplay:
             "batches": _length(self.loader),
             "now": _states(self.loader),
             "samplers": _sampler_states(self.loader) if self._start is None else None,
-            "loader": self.loader.state_dict() if _is_stateful(self.loader) else None,  # type: ignore[attr-defined]
+            "loader": self.loader.state_dict() if _finds_its_place(self.loader) else None,  # type: ignore[attr-defined]
         }
 
     def restore(self, state: Mapping[str, Any]) -> bool:
@@ -180,7 +180,7 @@ class EpochReplay:
             raise ValueError(
                 f"loader has {batches} batches, but had {state['batches']} in the run that was checkpointed"
             )
-        if (state["loader"] is None) == _is_stateful(self.loader):
+        if (state["loader"] is None) == _finds_its_place(self.loader):
             raise ValueError("loader has a state_dict in only one of this run and the one that was checkpointed")
         for name, epoch in _epochs(self.loader).items():
             before = state["start"]["epochs"].get(name, epoch)
@@ -213,6 +213,12 @@ def _is_stateful(part: Any) -> bool:
     return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
 
 
+def _finds_its_place(loader: Any) -> bool:
+    # torchdata's StatefulDataLoader is a DataLoader, and replayed as one: its own state brings back the order of the
+    # samples, but not the random states of its workers.
+    return _is_stateful(loader) and not isinstance(loader, DataLoader)
+
+
 def _parts(loader: Any) -> dict[str, Any]:
     """The loader and what it is made of, each once, by names such as "loader.dataset.transform"."""
     found: dict[str, Any] = {}
@@ -236,7 +242,7 @@ def _attributes(part: Any) -> Mapping[str, Any]:
 
 
 def _stateful_samplers(loader: Any) -> list[tuple[str, Any]]:
-    if _is_stateful(loader):
+    if _finds_its_place(loader):
         return []  # which takes care of them
     samplers = [(name, part) for name, part in _parts(loader).items() if name.endswith("sampler")]
     return [(name, part) for name, part in samplers if _is_stateful(part)]

@@ -130,7 +130,7 @@ class Counting(Sampler):
 
 
 class Stateful:
-    """A loader that finds its place itself, with the protocol of torchdata's StatefulDataLoader."""
+    """A loader of another kind that finds its place itself."""
 
     def __init__(self):
         self.order, self.at = None, 0
@@ -151,6 +151,15 @@ class Stateful:
 
     def load_state_dict(self, state):
         self.order, self.at = state["order"], state["at"]
+
+
+class StatefulDataLoader(DataLoader):
+    """As torchdata's: its state brings back its order and place, not what its data set draws."""
+
+    def state_dict(self):
+        raise AssertionError("a DataLoader is replayed")
+
+    load_state_dict = state_dict
 
 
 def generator():
@@ -199,6 +208,7 @@ LOADERS = {
 OTHERS = {
     "list": lambda workers: [(torch.tensor([i]), torch.full((2, 4), i / 4)) for i in range(4)],
     "loader with a state": lambda workers: Stateful(),
+    "DataLoader with a state": lambda workers: StatefulDataLoader(Augmented(), BATCH, shuffle=True),
 }
 
 

@@ -40,7 +40,7 @@ class EpochReplay:
     and nobody can read them.
 
     What cannot be replayed: a sampler that draws from the global generators after it has given its first index; a
-    loader that draws samples ahead of the step in this process; a data set that keeps a generator where it is not
+    loader that draws samples ahead of the step in this process, or with in_order=False; a data set that keeps a generator where it is not
     found; augmentation with another number of workers than before. And where something else goes through the same
     loader in the middle of an epoch: a sampler with a state_dict, one that draws from a generator of its own as it
     goes, and persistent workers (which draw a seed when they are started, and none when they are used again).
@@ -128,15 +128,28 @@ class EpochReplay:
         Raises:
             ValueError: the loader is not equal to the one that was checkpointed: another number of batches, another
                 epoch of its sampler, other generators, or another first batch (its whole numbers are compared: indices,
-                labels). Nothing has been trained on it then.
+                labels). The global generators are as before then.
         """
         if state["start"] is None:
             self.restore(state)
             if then is not None:
                 set_random_state(then)
             return self.start()
-        start, given = state["start"], state["given"]
+        before = random_state()
+        try:
+            batches = self._replayed(state)
+        except BaseException:
+            set_random_state(before)
+            raise
+        if then is not None:
+            set_random_state(then)
+        self._start, self.given, self._first = state["start"], state["given"], state["first_batch"]
+        return self._give(batches)
+
+    def _replayed(self, state: Mapping[str, Any]) -> Iterator[Any]:
+        """The loader's iterator, of which the batches that had been given out are drawn."""
         self._require_equal(state)
+        start = state["start"]
         set_random_state(start["random"])
         _set_states(self.loader, start["generators"])
         _set_sampler_states(self.loader, start["samplers"])
@@ -144,12 +157,9 @@ class EpochReplay:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         batches = _iterator(self.loader)
         if state["loader"] is None:
-            self._drop(batches, given, state["first_batch"])
+            self._drop(batches, state["given"], state["first_batch"])
         _set_states(self.loader, state["now"])
-        if then is not None:
-            set_random_state(then)
-        self._start, self.given, self._first = start, given, state["first_batch"]
-        return self._give(batches)
+        return batches
 
     def _give(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -265,12 +275,15 @@ def _epochs(loader: Any) -> dict[str, int]:
     return {name: epoch for name, epoch in told.items() if isinstance(epoch, int)}
 
 
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
 def _generators(loader: Any) -> dict[str, Any]:
     """The random generators that the loader and its parts hold, by the names of the attributes."""
     found = {}
     for path, part in _parts(loader).items():
         for name, value in _attributes(part).items():
-            if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):  # which has no state
                 found[f"{path}.{name}"] = value
     return found
 
@@ -308,12 +321,12 @@ def _set_states(loader: Any, states: Mapping[str, Any]) -> None:
 
 
 def _look_at(batch: Any) -> str:
-    """A hash of a batch's whole numbers on the CPU: others mean other samples, and no rounding changes them."""
+    """A hash of a batch's whole numbers on the CPU: others mean other samples. Not of bytes: pixels may be rounded."""
     seen = hashlib.blake2b(digest_size=16)
     for leaf in tree_leaves(batch):
         if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or leaf.layout != torch.strided:
             continue
-        if not leaf.is_floating_point() and not leaf.is_complex():
+        if not leaf.is_floating_point() and not leaf.is_complex() and leaf.dtype != torch.uint8:
             seen.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             seen.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return seen.hexdigest()

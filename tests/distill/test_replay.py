@@ -356,8 +356,11 @@ class TestOtherData:
 
     def test_another_first_batch(self):
         state = self.state_after(DataLoader(Augmented(), 3, shuffle=True), 2)
+        before = random_state()
         with pytest.raises(ValueError, match="another first batch"):
             EpochReplay(DataLoader(Augmented(), 3)).resume(state)
+        assert torch.equal(random_state()["torch"], before["torch"])
+        assert random_state()["python"] == before["python"]
         halves = [(torch.tensor([0, 1]), torch.rand(2))] * 2
         state = self.state_after(halves, 1)
         changed = [(torch.tensor([0, 1]), torch.rand(2))] * 2  # augmented otherwise, or rounded on another machine
@@ -373,6 +376,13 @@ class TestOtherData:
         state = self.state_after(whole, 1)
         with pytest.raises(ValueError, match=r"loader\.sampler is at epoch 0, but was at 3 .* call its set_epoch\(3\)"):
             EpochReplay(make()).resume(state)
+
+    def test_what_has_no_state_is_let_be(self):
+        data = Augmented()
+        data.transform = random.Random  # a class, not a generator
+        data.secret = random.SystemRandom()
+        state = self.state_after(DataLoader(data, 3), 1)
+        assert state["now"] == {}
 
     def test_other_generators(self):
         state = self.state_after(DataLoader(Augmented(), 3, shuffle=True, generator=generator()), 1)
@@ -425,10 +435,7 @@ class TestPlace:
 
     def test_a_resumed_epoch_can_be_checkpointed(self):
         data = DataLoader(Augmented(), 2, shuffle=True)
-        replay = EpochReplay(data)
-        order = [indices.tolist() for indices, _ in replay.start()]
         start = EpochReplay(data)
-        set_random_state(random_state())
         batches = start.start()
         order = drawn(batches, 1)
         first = start.state()

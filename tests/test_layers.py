@@ -33,7 +33,7 @@ BELOW = {
     "distill": {"influence", "per_sample", "ops", "_model", "_data", "_distributed", "_tree", "_warn"},
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "influence", "info", "__init__"},
+    "cli": {"demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {

@@ -127,7 +127,7 @@ def time_figure(epochs: Sequence[Record]) -> Any | None:
     axes.set(xlabel="epoch", ylabel="seconds", xlim=(edges[0], edges[-1]))
     axes.set_ylim(bottom=0)
     _whole_epochs(axes, at)
-    _legend(figure, axes, 5)
+    _legend(figure, axes, 7)
     return figure
 
 

@@ -44,15 +44,16 @@ def signed(value: Any, digits: int = 3) -> str:
     return f"+{text}" if isinstance(value, (int, float)) and value > 0 else text
 
 
-def decimals(value: Any, places: int = 3) -> str:
+def decimals(value: Any, places: int = 3, sign: bool = False) -> str:
     """So many decimals, for columns and for what is near 1.
 
-    >>> decimals(0.98765), decimals(-0.02, 1), decimals(None), decimals(float("inf"))
-    ('0.988', '0.0', '–', '∞')
+    >>> decimals(0.98765), decimals(-0.02, 1), decimals(2.5, 1, sign=True), decimals(None), decimals(float("inf"))
+    ('0.988', '0.0', '+2.5', '–', '∞')
     """
     if value is None or not math.isfinite(value):
         return number(value)
-    return f"{round(value, places) + 0.0:.{places}f}".replace("-", MINUS)  # + 0.0: no minus before zero
+    rounded = round(value, places) + 0.0  # + 0.0: no minus before zero
+    return ("+" if sign and rounded > 0 else "") + f"{rounded:.{places}f}".replace("-", MINUS)
 
 
 def percent(share: Any) -> str:

@@ -21,8 +21,8 @@ from .numbers_as_text import decimals, number, percent, seconds_text, signed
 from .svg import inline_svg, style
 
 SETTINGS = "run.json"
-ROWS = 40
-"""Longer tables are cut; what is left out is in a part of the page that opens."""
+ROWS, REFRESHES = 40, 20
+"""Of classes and groups, and of refreshes, that are shown at once; the others are in a part of the page that opens."""
 
 NEEDED = 'the report needs jinja2 and matplotlib: pip install "kdaif-fast[train]"'
 
@@ -70,6 +70,7 @@ def _contents(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, A
         "knows_flips": any("flip_auc" in record for record in epochs),
         "refreshes": refreshes,
         "rows": ROWS,
+        "last_refreshes": REFRESHES,
         "samples": samples,
         "harmful": cards(samples, samples.harmful(samples.top)) if samples else [],
         "helpful": cards(samples, samples.helpful(samples.top)) if samples else [],

@@ -13,14 +13,14 @@ from typing import Any
 # with any kind of colour vision tell apart, a little darker where it would be pale on white.
 COLOURS = {
     "ink": "#1c2126",
-    "muted": "#667079",
-    "rule": "#d5dade",
+    "muted": "#5c666e",
+    "rule": "#dde1e4",
     "blue": "#0069a8",
-    "orange": "#d05a00",
+    "orange": "#b84d00",
     "green": "#008a65",
     "purple": "#b5609a",
-    "gold": "#c28a00",
-    "grey": "#8a949c",
+    "gold": "#a87400",
+    "grey": "#7c868e",
 }
 
 _SETTINGS: Any = {

@@ -194,8 +194,8 @@ class InfluenceWeighting:
 
     def start_epoch(self, epoch: int) -> bool:
         """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
-        self._epoch = epoch
         self._note_steps()
+        self._epoch = epoch
         since = epoch - self.warmup_epochs
         if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
             return False

@@ -110,11 +110,11 @@ class _Texts:
 def _sentence(draw: random.Random, is_good: bool) -> str:
     """A sentence that praises or does not: one judgement, or two of which one counts."""
     shape = draw.random()
-    if shape < 0.5:
+    if shape < 0.6:
         body = _judgement(draw, is_good)
-    elif shape < 0.7:
+    elif shape < 0.76:
         body = f"{_judgement(draw, not is_good)} , but {_judgement(draw, is_good)}"
-    elif shape < 0.85:
+    elif shape < 0.88:
         body = f"{_judgement(draw, is_good)} , although {_judgement(draw, not is_good)}"
     else:
         body = f"{_judgement(draw, is_good)} , and {_judgement(draw, is_good)}"
@@ -123,8 +123,8 @@ def _sentence(draw: random.Random, is_good: bool) -> str:
 
 
 def _judgement(draw: random.Random, is_good: bool) -> str:
-    """Something is good or bad; half of the time by saying that it is not the opposite."""
-    is_negated = draw.random() < 0.5
+    """Something is good or bad; now and then by saying that it is not the opposite."""
+    is_negated = draw.random() < 0.3
     verb = draw.choice(_NEGATED if is_negated else _PLAIN)
     word = draw.choice(_GOOD if is_good != is_negated else _BAD)
     strength = "" if is_negated else draw.choice(_STRENGTHS)

@@ -17,6 +17,7 @@ from .._files import replaced
 from .assembly import Assembled, assemble
 from .config import Config, read_config
 from .modes import unwrapped
+from .report import report
 from .run_folder import CHECKPOINT
 
 SETTINGS, STUDENT = "run.json", "student.safetensors"
@@ -83,9 +84,7 @@ def distill_from_config(
         for line in _summary(records):
             say(line)
         say(f"student: {student}")
-        page = _report(config.run.folder)
-        if page is not None:
-            say(f"report: {page}")
+        say(f"report: {report(config.run.folder)}")
     return records
 
 
@@ -162,15 +161,6 @@ def _write_settings(config: Config) -> None:
     told = {"config": config.path.name, "settings": _plain(config.resolved)}
     with replaced(config.run.folder / SETTINGS) as part:
         part.write_text(json.dumps(told, indent=2) + "\n")
-
-
-def _report(folder: Path) -> Path | None:
-    try:
-        from .report import report
-    except ModuleNotFoundError:
-        return None
-    page: Path = report(folder)
-    return page
 
 
 def _write_student(file: Path, student: torch.nn.Module) -> None:

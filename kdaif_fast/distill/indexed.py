@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler
 
 from .._data import size_of
 from .._model import Batch, unpack_batch
@@ -147,13 +147,18 @@ def sample_count(data: Any) -> int:
 
 
 def visited(data: Any) -> Tensor:
-    """The places that a loader with indices comes to, ascending: all, but for a SubsetRandomSampler."""
+    """The places that a loader with indices comes to, ascending: all, unless a sampler has a share of its own.
+
+    Of a DistributedSampler it is a share of this rank's that no other rank has, and that stays the same.
+    """
     if isinstance(data, (list, tuple)):
         return torch.cat([batch.indices for batch in data]).unique()
     sampler = getattr(data, "sampler", None)
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(list(sampler.indices), dtype=torch.int64).unique()
+    if isinstance(sampler, DistributedSampler):
+        return torch.arange(sampler.rank, sample_count(data), sampler.num_replicas)
     return torch.arange(sample_count(data))
 
 

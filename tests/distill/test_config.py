@@ -153,9 +153,9 @@ def test_flips_of_loaders(project):
     refuses(project, "data.flip is 0.1, but the training data are a DataLoader")
 
 
-def test_data_that_have_no_indices(project):
+def test_data_that_can_be_gone_through_only_once(project):
     changed(project, ("make_data", "make_iterator"), ("validation = 20\ntest = 10", ""))
-    refuses(project, "whose samples have no index")
+    refuses(project, "data gave a list_iterator for train, which can be gone through only once")
 
 
 def test_names_of_files_that_python_has(project):

@@ -49,7 +49,9 @@ def test_a_run_and_its_files(project):
     assert lines[1].endswith(" % on test data, after 2 epochs")
     assert lines[2].startswith("teacher: ")
     last = table(run)[-1]
-    assert f"weights: mean {float(last['mean_weight']):.3f}, {100 * float(last['share_below_1']):.1f} % below 1" in lines
+    assert (
+        f"weights: mean {float(last['mean_weight']):.3f}, {100 * float(last['share_below_1']):.1f} % below 1" in lines
+    )
     assert f"AUC {float(last['flip_auc']):.3f}" in output
     assert str(run / "report.html") in output
     settings = json.loads((run / "run.json").read_text())["settings"]
@@ -144,7 +146,9 @@ def test_rules_and_losses_of_the_user(project):
     # Its name tells that it is the same rule, in another process too.
     assert "after 3 epochs" in succeeds(project, "--set", "run.epochs=3")
     assert repr(built(project).rule) == "project.py:Halves(factor=0.25)"
-    changed(project, ('"M3"', '"M1"\nrule = { name = "project.py:flat", level = 0.5 }\nloss = "project.py:half_squares"'))
+    changed(
+        project, ('"M3"', '"M1"\nrule = { name = "project.py:flat", level = 0.5 }\nloss = "project.py:half_squares"')
+    )
     succeeds(project, "--restart")
     weights = load_file(project / "run" / "samples.safetensors")["weights"]
     assert set(weights.tolist()) == {0.5}

@@ -96,7 +96,9 @@ def test_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "project.py").write_text("import torch\ndef linear(classes):\n    return torch.nn.Linear(2, classes)\n")
     model = build(tmp_path, "project.py:linear", checkpoint=tmp_path / "model.pt")
     assert torch.equal(model.weight, weights["weight"])
-    with pytest.raises(ConfigError, match=r"(?s)student\.checkpoint is .*model\.pt', which cannot be loaded: .*size mismatch"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)student\.checkpoint is .*model\.pt', which cannot be loaded: .*size mismatch"
+    ):
         build(tmp_path, "project.py:linear", checkpoint=tmp_path / "model.pt", classes=4)
     sys.modules.pop("project", None)
 
@@ -104,10 +106,18 @@ def test_checkpoints(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        ("transformers:brt", {}, r"student\.model is 'transformers:brt', but there is no folder .* did you mean 'bert'"),
+        (
+            "transformers:brt",
+            {},
+            r"student\.model is 'transformers:brt', but there is no folder .* did you mean 'bert'",
+        ),
         ("transformers:bert", {"hiden_size": 3}, r"the key 'student\.arguments\.hiden_size' is unknown.*'hidden_size'"),
         ("transformers:bert", {"auto": "Trainer"}, r"student\.auto is 'Trainer', expected a class AutoModelFor"),
-        ("transformers:bert", {"hidden_size": 15, "num_attention_heads": 2}, r"'transformers:bert', which cannot be built"),
+        (
+            "transformers:bert",
+            {"hidden_size": 15, "num_attention_heads": 2},
+            r"'transformers:bert', which cannot be built",
+        ),
     ],
 )
 def test_errors_name_the_key(tmp_path, model, more, message):

@@ -157,8 +157,8 @@ def _first_batch(options: DataOptions, name: str, data: Any) -> Any:
     """The first batch, looked at before anything is trained on it; the loader's generator stays as it was."""
     if isinstance(data, Iterator):
         raise ConfigError(
-            f"{options.section.path}: data gave a {type(data).__name__} for {name}, which can be gone through only once, "
-            "expected a map-style data set, a DataLoader or a list of batches"
+            f"{options.section.path}: data gave a {type(data).__name__} for {name}, which can be gone through only "
+            "once, expected a map-style data set, a DataLoader or a list of batches"
         )
     own = getattr(data, "generator", None)
     state = None if own is None else own.get_state()

@@ -139,15 +139,24 @@ def test_augmentation_is_for_training_only(pictures, table):
         ('path = "none"', r"data\.path is 'none', but there is no"),
         ('path = "saved"\nformat = "xml"', r"data\.format is 'xml', expected one of parquet, csv"),
         ('path = "saved"\nformat = "parquet"', r"data\.path is .*saved', which cannot be read: "),
-        ('path = "saved"\nsplits = { train = "trian" }', r"data\.splits\.train is 'trian', expected one of train, more"),
+        (
+            'path = "saved"\nsplits = { train = "trian" }',
+            r"data\.splits\.train is 'trian', expected one of train, more",
+        ),
         ('path = "saved"\nsplits = { trian = "train" }', r"the key 'data\.splits\.trian' is unknown"),
         ('path = "saved"\nsplits = { train = 1 }', r"data\.splits\.train is 1, expected a split's name"),
         ('path = "saved"\ncolumns = { text = "sentense" }', r"data\.columns\.text is 'sentense', expected one of sent"),
         ('path = "saved"\ncolumns = { texts = "sentence" }', r"the key 'data\.columns\.texts' is unknown"),
-        ('path = "saved"\ncolumns = { text = "sentence", label = "half" }', r"data\.columns\.label is 'half', a column of float"),
+        (
+            'path = "saved"\ncolumns = { text = "sentence", label = "half" }',
+            r"data\.columns\.label is 'half', a column of float",
+        ),
         ('path = "saved"\ncolumns = { text = "some" }', r"data\.columns\.text is 'some', but row 1 has None there"),
         ('path = "saved"\ncolumns = { text = "a", image = "b" }', r"data\.columns has text and image, expected one"),
-        ('path = "saved"\ncolumns = { features = "sentence" }', r"data\.columns\.features is \('sentence',\), expected"),
+        (
+            'path = "saved"\ncolumns = { features = "sentence" }',
+            r"data\.columns\.features is \('sentence',\), expected",
+        ),
         ('path = "saved"', r"the key 'data\.columns' is missing: expected text, image or features"),
         ('path = "bare"', r"the key 'data\.columns\.label' is missing: expected one of the columns sentence"),
         ('path = "saved"\ntokenizer = "saved"\ncolumns = { text = "sentence" }', r"data\.tokenizer is 'saved', which"),
@@ -181,7 +190,7 @@ def test_a_tokenizer_of_transformers(tmp_path, table):
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
     save(tmp_path, train=rows())
     data = loaded(tmp_path, table + 'path = "saved"\ntokenizer = "tokenizer"\nvalidation = 4\nlongest = 6')
-    inputs, labels = next(iter(data.validation))
+    inputs, _ = next(iter(data.validation))
     assert set(inputs) == {"input_ids", "token_type_ids", "attention_mask"}
     assert inputs["input_ids"].shape[1] == 6
     assert (inputs["input_ids"][:, 0] == 2).all()

@@ -40,10 +40,11 @@ class EpochReplay:
     and nobody can read them.
 
     What cannot be replayed: a sampler that draws from the global generators after it has given its first index; a
-    loader that draws samples ahead of the step in this process, or with in_order=False; a data set that keeps a generator where it is not
-    found; augmentation with another number of workers than before. And where something else goes through the same
-    loader in the middle of an epoch: a sampler with a state_dict, one that draws from a generator of its own as it
-    goes, and persistent workers (which draw a seed when they are started, and none when they are used again).
+    loader that draws samples ahead of the step in this process, or with in_order=False; a data set that keeps a
+    generator where it is not found; augmentation with another number of workers than before. And where something else
+    goes through the same loader in the middle of an epoch: a sampler with a state_dict, one that draws from a generator
+    of its own as it goes, and persistent workers (which draw a seed when they are started, and none when they are used
+    again).
 
     Args:
         loader: something that can be iterated again and again: a DataLoader, a list of batches. One process of

@@ -140,7 +140,7 @@ def test_the_most_harmful_samples_come_first_with_what_is_known(trained):
     index = harmful[0]
     given, true = int(trained.data.train_y[index]), int(trained.data.true_y[index])
     assert f"digit {given}<" in first
-    assert (f"should be digit {true}<" in first) == (given != true) == ("⚑ flipped" in first)
+    assert (f"true: digit {true}<" in first) == (given != true) == ("⚑ flipped" in first)
     assert f"w {trained.weights[index]:.3f}<" in first
     images = trained.page.of("img")
     assert len(images) == 48

@@ -31,8 +31,8 @@ from .weight_book import WeightBook
 INFLUENCE: Mapping[str, Any] = {"damping": 0.01, "tol": 3e-2, "max_iter": 50}
 """A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9).
 
-The damping is a number because "auto", a share of the mean eigenvalue, goes to 0 with the training loss: the flips of three
-runs on digits were found with an AUC of 0.895 (20 %) and 0.924 (40 %) with "auto", and 0.943 and 0.966 with 0.01.
+The damping is a number because "auto", a share of the mean eigenvalue, goes to 0 with the training loss: the flips of
+three runs on digits were found with an AUC of 0.895 (20 %) and 0.924 (40 %) with "auto", and 0.943 and 0.966 with 0.01.
 """
 
 POOR_RESIDUAL = 0.5

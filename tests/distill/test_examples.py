@@ -41,7 +41,7 @@ def test_text(tmp_path):
     output, last = run("text.toml", tmp_path)
     assert "2000 training, 600 validation, 500 test samples" in output
     assert "flipped labels: " in output
-    assert float(last["flip_auc"]) > 0.7
+    assert float(last["flip_auc"]) > 0.75
     assert ", but the " in (tmp_path / "report.html").read_text()
 
 

@@ -45,6 +45,7 @@ class WeightBook:
         self._weights = torch.ones(samples, device=device)
         self._seen = torch.zeros(samples, dtype=torch.bool, device=device)
         self._factor = torch.ones((), device=device)
+        self._touched = torch.zeros(samples, dtype=torch.bool, device=device)
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -69,6 +70,7 @@ class WeightBook:
         self._combined[indices] = now
         self._weights[indices] = averaged
         self._seen[indices] = True
+        self._touched[indices] = True
         return averaged * self._factor if self.normalize else averaged
 
     def settle(self) -> None:
@@ -77,6 +79,20 @@ class WeightBook:
         mean = (self._weights * seen).sum() / seen.sum()
         # Weights that are all 0, or none measured: there is nothing to divide by.
         self._factor = torch.where(mean > 0, 1 / mean, torch.ones_like(mean))
+
+    def take_changes(self) -> dict[str, Tensor]:
+        """What was recorded since this was last called, on the CPU: for the books of other processes."""
+        indices = self._touched.nonzero()[:, 0]
+        self._touched.zero_()
+        changes = {name: getattr(self, f"_{name}")[indices].cpu() for name in ("measured", "combined", "weights")}
+        return {"indices": indices.cpu(), **changes}
+
+    def merge(self, changes: dict[str, Tensor]) -> None:
+        """Take over what another process has recorded."""
+        indices = changes["indices"].to(self.device)
+        for name in ("measured", "combined", "weights"):
+            getattr(self, f"_{name}")[indices] = changes[name].to(self.device)
+        self._seen[indices] = True
 
     def _combine(self, indices: Tensor, measured: Tensor) -> Tensor:
         if self.combine is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ class MetaStep(JointStep):
     batch, here they are those of the round; and the student there has no labelled samples.
 
     Args:
-        draw: gives labelled samples.
-        labelled: how many labelled samples there are; those at places from there on are pseudo-labelled.
+        feedback: gives labelled samples, and is told h.
         optimizer, clip_norm: of the student, whose step is taken in here.
         rate: what the dot product is multiplied by.
         options: of JointStep, but for mechanism and weights.
@@ -54,24 +53,21 @@ class MetaStep(JointStep):
         teacher: nn.Module,
         student: nn.Module,
         *,
-        draw: Callable[[], Batch],
-        labelled: int,
+        feedback: MetaFeedback,
         optimizer: Optimizer,
         clip_norm: float | None,
         rate: Callable[[], float],
         **options: Any,
     ) -> None:
         super().__init__(teacher, student, mechanism=META, weights=None, **options)
-        self._draw, self._labelled = draw, labelled
-        self._optimizer, self._clip_norm, self._rate = optimizer, clip_norm, rate
-        self.feedback: Tensor | None = None
-        """h of the last batch."""
+        self._feedback, self._rate = feedback, rate
+        self._optimizer, self._clip_norm = optimizer, clip_norm
 
     def _student_part(self, batch: Batch, indexed: IndexedBatch, divisor: float) -> tuple[Tensor, Tensor, None]:
         outputs = call_model(self._student, batch.inputs, "batch", updates_buffers=True)
         losses = sample_losses(self._loss, outputs, batch, "batch")
         self._watch.look("the student's loss", losses, indexed.indices)
-        is_pseudo = indexed.indices >= self._labelled
+        is_pseudo = indexed.indices >= self._feedback.labelled
         count = max(int(is_pseudo.sum()), 1) if is_pseudo.device.type == "cpu" else is_pseudo.sum().clamp(min=1)
         is_pseudo = is_pseudo.to(losses.device)
         parameters = [p for p in self._student.parameters() if p.requires_grad]
@@ -85,19 +81,19 @@ class MetaStep(JointStep):
         after = self._labelled_gradient(parameters)
         dots = [(a * b).sum() for a, b in zip(after, before, strict=True) if a is not None and b is not None]
         h = (torch.stack(dots).sum() * (self._rate() * divisor / count)).detach()
-        self.feedback = h
+        self._feedback.add(h)
         return losses, torch.where(is_pseudo, h, torch.ones_like(h)), None
 
     def _labelled_gradient(self, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
-        batch = on_device(self._draw(), self._device)._replace(teacher_logits=None)
+        batch = on_device(self._feedback.draw(), self._device)._replace(teacher_logits=None)
         with evaluating(self._student):
             outputs = call_model(self._student, batch.inputs, "a labelled batch", updates_buffers=True)
             losses = sample_losses(self._loss, outputs, batch, "a labelled batch")
         return torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
 
 
-class LabelledDraws:
-    """Batches of labelled samples, drawn with a generator whose state can be kept.
+class MetaFeedback:
+    """What the feedback goes on with from batch to batch: draws of labelled samples, and its mean.
 
     Args:
         loader: of all samples, with indices, the labelled ones first.
@@ -106,20 +102,34 @@ class LabelledDraws:
     """
 
     def __init__(self, loader: Any, labelled: int, seed: int) -> None:
-        self._loader, self._labelled = loader, labelled
+        self._loader, self.labelled = loader, labelled
         self._size = min(labelled, loader.batch_size)
         self._generator = torch.Generator().manual_seed(seed)
+        self._sum: Tensor | None = None
+        self._batches = 0
 
-    def __call__(self) -> Batch:
-        """So many as a batch of the loader has, no sample twice."""
-        places = torch.randperm(self._labelled, generator=self._generator)[: self._size]
+    def draw(self) -> Batch:
+        """So many labelled samples as a batch of the loader has, none of them twice."""
+        places = torch.randperm(self.labelled, generator=self._generator)[: self._size]
         found: IndexedBatch = self._loader.collate_fn(self._loader.dataset.__getitems__(places.tolist()))
         return Batch(*found.batch)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the next draws depend on."""
-        return {"generator": self._generator.get_state()}
+    def add(self, h: Tensor) -> None:
+        """Count a batch's feedback; nothing waits for a GPU."""
+        self._sum = h if self._sum is None else self._sum + h
+        self._batches += 1
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with the draws where that was noted."""
+    def take_mean(self) -> float | None:
+        """The mean since this was last called; None without any batch."""
+        mean = None if self._sum is None else float(self._sum) / self._batches
+        self._sum, self._batches = None, 0
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"generator": self._generator.get_state(), "sum": self._sum, "batches": self._batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where that was noted."""
         self._generator.set_state(state["generator"].cpu())
+        self._sum, self._batches = state["sum"], state["batches"]

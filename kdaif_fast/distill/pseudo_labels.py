@@ -11,7 +11,16 @@ from torch.utils._pytree import tree_structure
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler
 
 from .finite import LossNotFiniteError
-from .indexed import LABELS, IndexedBatch, IndexedCollate, IndexedDataset, IndexedSample, as_batch, visited, with_indices
+from .indexed import (
+    LABELS,
+    IndexedBatch,
+    IndexedCollate,
+    IndexedDataset,
+    IndexedSample,
+    as_batch,
+    visited,
+    with_indices,
+)
 
 KINDS = ("soft", "hard")
 
@@ -156,7 +165,9 @@ class JoinedSamples(Dataset[Any]):
         if isinstance(first, Mapping):
             self._key = next((key for key in ("targets", *LABELS) if key in first), None)
             if self._key is None:
-                raise TypeError(f"a labelled sample has the keys {sorted(map(str, first))}, expected a label among them")
+                raise TypeError(
+                    f"a labelled sample has the keys {sorted(map(str, first))}, expected a label among them"
+                )
             self._filling = first[self._key]
         elif isinstance(first, (tuple, list)) and len(first) == 2:
             self._inputs, self._filling = tree_structure(first[0]), first[1]
@@ -211,15 +222,17 @@ def joined(labelled: Any, unlabelled: Any, kind: str, threshold: float) -> tuple
         TypeError: data without a length and places; lists of batches.
         ValueError: no data; a kind or threshold that is none.
     """
-    first, own, _ = _samples(labelled, "labelled_loader")
-    second, _, loader = _samples(unlabelled, "unlabelled_loader")
+    loaders = as_loader(labelled, "labelled_loader"), as_loader(unlabelled, "unlabelled_loader")
+    first, second = map(_samples, loaders, ("labelled_loader", "unlabelled_loader"))
+    own, loader = loaders[0].collate_fn, loaders[1]
+    assert isinstance(own, IndexedCollate)
     pseudo = PseudoLabels(len(first), len(second), kind, threshold, loader.generator)
     # Workers that stay would go on with the pseudo-labels of the round before.
     joined_loader: DataLoader[Any] = DataLoader(
         IndexedDataset(JoinedSamples(first, second)),
         batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 64,
         sampler=pseudo.sampler,
-        collate_fn=JoinedCollate(own, pseudo),
+        collate_fn=JoinedCollate(own.collate, pseudo),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -231,22 +244,31 @@ def joined(labelled: Any, unlabelled: Any, kind: str, threshold: float) -> tuple
     return joined_loader, pseudo
 
 
-def _samples(data: Any, name: str) -> tuple[Any, Any, DataLoader[Any]]:
-    """The data set, or the part of it that the loader comes to; how it brings samples together; the loader."""
+def as_loader(data: Any, name: str) -> DataLoader[Any]:
+    """A loader with indices: the one that is given, or one that shuffles the data set that is given.
+
+    Raises:
+        TypeError, ValueError: as `joined`.
+    """
     if data is None:
         raise ValueError(f"{name} is None, expected a DataLoader or a data set")
     if isinstance(data, (list, tuple)):
         raise TypeError(f"{name} is a {type(data).__name__}, expected a DataLoader over a map-style data set, or that")
     try:
         indexed = with_indices(data)
+        if isinstance(indexed, IndexedDataset) and len(indexed):
+            return with_indices(DataLoader(indexed.dataset, 64, shuffle=True))
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
-    if isinstance(indexed, IndexedDataset):
-        indexed = DataLoader(indexed, 64, collate_fn=IndexedCollate(torch.utils.data.default_collate))
-    dataset = indexed.dataset.dataset
-    places = visited(indexed)
-    if not len(places):
+    if not len(indexed.dataset):
         raise ValueError(f"{name} is empty: its data set has no sample")
-    if len(places) < len(dataset):
-        dataset = Subset(dataset, places.tolist())
-    return dataset, indexed.collate_fn.collate, indexed
+    return indexed
+
+
+def _samples(loader: DataLoader[Any], name: str) -> Any:
+    """The data set, or the part of it that the loader comes to."""
+    indexed: Any = loader.dataset
+    dataset, places = indexed.dataset, visited(loader)
+    if not len(places):
+        raise ValueError(f"{name} is empty: its sampler comes to no sample")
+    return Subset(dataset, places.tolist()) if len(places) < len(dataset) else dataset

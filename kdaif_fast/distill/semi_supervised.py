@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .._model import Batch, DistillationLoss, Loss
+from .._model import DistillationLoss, Loss
 from .._warn import warn_user
 from .distiller import Distiller
-from .indexed import IndexedBatch, as_batch, in_order, on_device, require_indices, shared_samples
+from .indexed import as_batch, in_order, on_device, shared_samples
 from .label_revision import LabelRevisionLoss
 from .mechanisms import Mechanism, find_mechanism
-from .meta_pseudo_labels import LabelledDraws, MetaStep
+from .meta_pseudo_labels import MetaFeedback, MetaStep
 from .modes import evaluating, unwrapped
 from .optimising import OptimizerLike, take_step
 from .progress import TrainingProgress
-from .pseudo_labels import PseudoLabels, joined
+from .pseudo_labels import PseudoLabels, as_loader, joined
 from .random_states import random_state, set_random_state
-from .run_log import RunLog
 from .soft_targets import SoftTargetLoss, most_likely
-from .step import JointStep, StepResult
+from .step import JointStep
+from .tally import Tally
 from .taught import teacher_logits
 
 FEEDBACKS = ("influence", "none", "meta")
@@ -45,15 +45,15 @@ class SemiSupervisedDistiller(Distiller):
     measured was the influence of another label. Those below the threshold keep their weights, which nobody uses.
 
     Args:
-        teacher, student, teacher_optimizer, student_optimizer: as for Distiller. Without a teacher_optimizer the teacher
-            has to be trained already (mechanism "vanilla", teacher_epochs 0).
-        pseudo_labels: "soft", the teacher's probabilities at the start of the round, or "hard", their largest class. Of
-            no loss there is a gradient through them.
+        teacher, student, teacher_optimizer, student_optimizer: as for Distiller. Without a teacher_optimizer the
+            teacher has to be trained already (mechanism "vanilla", teacher_epochs 0).
+        pseudo_labels: "soft", the teacher's probabilities at the start of the round, or "hard", their largest class.
+            No gradient goes through them.
         threshold: in [0, 1): unlabelled samples of which the teacher is less sure than that are left out of a round.
         feedback: "influence"; "none", plain pseudo-labels; or "meta", one number a batch that multiplies what the
             teacher learns of its pseudo-labels, in the manner of Meta Pseudo Labels, see `MetaStep`. With soft
-            pseudo-labels that is next to nothing: at the start of a round the teacher is what they say, and the gradient
-            is 0.
+            pseudo-labels that is next to nothing: at the start of a round they are what the teacher says, and the
+            gradient is 0.
         feedback_rate: of "meta": what the dot product of the gradients is multiplied by; default the student's learning
             rate, as published (for plain gradient descent).
         mechanism: "M1" to "M4" with the feedback "influence", default "M3". "online" or "vanilla" with "none", default
@@ -70,8 +70,8 @@ class SemiSupervisedDistiller(Distiller):
 
     Memory: what Distiller needs, and a number for every class of every unlabelled sample ("hard": one a sample).
 
-    Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705), figure 3. How a round ends, whether networks
-        start over in the next, and how weights are fed back is read from figures 2 and 4, not said there.
+    Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705), figure 3. How weights are fed back is
+        read from its figures 2 and 4; whether networks start over in a round could not be read.
 
     Example:
         >>> import torch
@@ -130,10 +130,11 @@ class SemiSupervisedDistiller(Distiller):
         self._kind, self._threshold = pseudo_labels, threshold
         self._seed: int = settings.get("seed", 0)
         self._joined: DataLoader[Any] | None = None
-        self._draws: LabelledDraws | None = None
+        self._meta: MetaFeedback | None = None
+        self._tally = _Tally()
         self._round_epochs: int | None = None
         self.pseudo: PseudoLabels | None = None
-        """The pseudo-labels, once there are data: its `targets`, `confidence` and `used` are of the unlabelled samples."""
+        """The pseudo-labels, once there are data; its `targets`, `confidence` and `used` are of unlabelled samples."""
 
     def join(self, labelled_loader: Any, unlabelled_loader: Any) -> DataLoader[Any]:
         """Look at the data; `fit` does this itself.
@@ -157,10 +158,10 @@ class SemiSupervisedDistiller(Distiller):
         self.pseudo = pseudo
         self._joint = self.weighting = None
         if self.feedback == "meta":
-            draws = LabelledDraws(self._joined, pseudo.labelled, self._seed)
-            if self._draws is not None:
-                draws.load_state_dict(self._draws.state_dict())
-            self._draws = draws
+            meta = MetaFeedback(self._joined, pseudo.labelled, self._seed)
+            if self._meta is not None:
+                meta.load_state_dict(self._meta.state_dict())
+            self._meta = meta
         return self._joined
 
     def fit(  # type: ignore[override]  # there is more data than a Distiller has
@@ -215,8 +216,8 @@ class SemiSupervisedDistiller(Distiller):
             shared = shared_samples(data, val_loader)
             if shared:
                 warn_user(
-                    f"{shared} samples are both in the {name} and in the validation data; how they do there says little "
-                    "about what training on them is worth",
+                    f"{shared} samples are both in the {name} and in the validation data; how they do there says "
+                    "little about what training on them is worth",
                     UserWarning,
                 )
         self.prepare(train, val_loader)
@@ -225,7 +226,7 @@ class SemiSupervisedDistiller(Distiller):
         if teacher_epochs and self.teacher_optimizer is None:
             raise ValueError("teacher_optimizer is None, but teacher_epochs > 0 trains the teacher")
         if self.teacher_optimizer is not None:
-            self.fit_teacher(labelled_loader, teacher_epochs, resume=resume)
+            self.fit_teacher(as_loader(labelled_loader, "labelled_loader"), teacher_epochs, resume=resume)
         return super().fit(train, val_loader, rounds * epochs, test_loader, resume=resume)
 
     def prepare(self, train_loader: Any, val_loader: Any) -> Any:
@@ -247,7 +248,9 @@ class SemiSupervisedDistiller(Distiller):
             ValueError, LossNotFiniteError: as fit. The pseudo-labels are those of before then.
         """
         if self._joined is None or self.pseudo is None:
-            raise RuntimeError("there are no data yet: call join(labelled_loader, unlabelled_loader) before start_round")
+            raise RuntimeError(
+                "there are no data yet: call join(labelled_loader, unlabelled_loader) before start_round"
+            )
         with self.clock.part("teacher"), evaluating(self.teacher):
             changed = self.pseudo.renew(self._word_of_the_teacher(self._joined, self.pseudo))
         if self.weighting is not None:
@@ -274,25 +277,34 @@ class SemiSupervisedDistiller(Distiller):
             batch = on_device(as_batch(given.batch), self._device)
             yield teacher_logits(unwrapped(self.teacher), batch.inputs)
 
-    def _train_epoch(self, train: Any, log: RunLog, bar: TrainingProgress) -> None:
+    def _train_epoch(self, train: Any, bar: TrainingProgress) -> None:
         assert self.pseudo is not None
         assert self._round_epochs is not None
+        if self._resumed is not None and not self.steps:
+            # A checkpoint of the teacher's epochs, which had another loader than the rounds, that begin now.
+            began = {name: replay.state() for name, replay in self._replays.items()}
+            self._resumed = {**self._resumed, "replays": began}
         # A checkpoint from within a round has its pseudo-labels; one from between two has those of the round before.
         if self.pseudo.round <= self.epoch // self._round_epochs:
+            # Random numbers go on as if there had been no pass for pseudo-labels: resuming cannot tell where it was.
+            replay = self._replays["train"]
+            if self._resumed is not None:
+                replay.restore(self._resumed["replays"]["train"])
+            before, place = random_state(), replay.state()
             self.start_round()
-        super()._train_epoch(train, log, bar)
+            replay.restore(place)
+            set_random_state(before)
+        super()._train_epoch(train, bar)
 
     def _joint_step(self) -> JointStep:
         if self.feedback != "meta":
             return super()._joint_step()
         if self._joint is None:
-            assert self.pseudo is not None
-            assert self._draws is not None
+            assert self._meta is not None
             self._joint = MetaStep(
                 self.teacher,
                 self.student,
-                draw=self._draws,
-                labelled=self.pseudo.labelled,
+                feedback=self._meta,
                 optimizer=self.student_optimizer,
                 clip_norm=self.clip_norm,
                 rate=self._rate,
@@ -319,31 +331,19 @@ class SemiSupervisedDistiller(Distiller):
         with self.clock.part("teacher"):
             take_step(self.teacher_optimizer, self.clip_norm)
 
-    def _add_up(self, result: StepResult) -> None:
-        super()._add_up(result)
-        if isinstance(self._joint, MetaStep) and self._joint.feedback is not None:
-            self._sums["feedback"] = self._sums.get("feedback", 0.0) + self._joint.feedback
-            self._sums["batches"] = self._sums.get("batches", 0) + 1
-
-    def _mean_losses(self) -> dict[str, float | None]:
+    def _record(self, val_loader: Any, test_loader: Any) -> dict[str, Any]:
         assert self.pseudo is not None
-        found: dict[str, float | None] = {
-            **super()._mean_losses(),
+        feedback = None if self._meta is None else self._meta.take_mean()
+        return {
+            **super()._record(val_loader, test_loader),
             "round": self.pseudo.round,
             "pseudo_labels_used": float(self.pseudo.used.double().mean()),
             "mean_confidence": float(self.pseudo.confidence.double().mean()),
+            **({} if feedback is None else {"mean_feedback": feedback}),
         }
-        if "feedback" in self._sums:
-            found["mean_feedback"] = float(self._sums["feedback"]) / self._sums["batches"]
-        return found
-
-    def _note_labels(self, given: Any) -> None:
-        indexed = require_indices(given)
-        batch = as_batch(indexed.batch)
-        super()._note_labels(IndexedBatch(indexed.indices, Batch(batch.inputs, most_likely(batch.targets))))
 
     def _parts(self) -> dict[str, Any]:
-        mine = {"pseudo_labels": self.pseudo, "labelled_draws": self._draws}
+        mine = {"pseudo_labels": self.pseudo, "feedback": self._meta}
         return {**super()._parts(), **{name: part for name, part in mine.items() if part is not None}}
 
     def _settings(self) -> dict[str, Any]:
@@ -357,6 +357,13 @@ class SemiSupervisedDistiller(Distiller):
             "labelled samples": None if self.pseudo is None else self.pseudo.labelled,
             "unlabelled samples": None if self.pseudo is None else self.pseudo.unlabelled,
         }
+
+
+class _Tally(Tally):
+    """Of pseudo-labelled samples the class that is most likely is what is told."""
+
+    def _classes(self, targets: Any) -> Any:
+        return most_likely(targets)
 
 
 def _mechanism(feedback: Any, mechanism: str | Mechanism | None) -> Mechanism:

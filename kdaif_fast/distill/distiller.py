@@ -17,9 +17,9 @@ from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
 from .evaluation import accuracy, describe_weights
-from .finite import FiniteWatch
+from .finite import FiniteWatch, LossNotFiniteError
 from .given_weights import given_weights
-from .indexed import IndexedBatch, has_indices, require_indices, with_indices
+from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
@@ -29,10 +29,11 @@ from .replay import EpochReplay
 from .rules import WeightRule, make_rule
 from .run_folder import RunFolder
 from .samples_file import SampleFacts
-from .schedule import check_schedule
+from .schedule import check_counts, check_schedule
 from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
+from .weight_book import check_averaging
 from .weighting import InfluenceWeighting
 
 
@@ -146,9 +147,9 @@ class Distiller:
             raise ValueError(
                 f"autocast is {autocast}, expected None or torch.bfloat16 (float16 would need loss scaling)"
             )
-        for name, count in (("accumulate", accumulate), ("checkpoint_every", checkpoint_every or 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} is {count!r}, expected a whole number >= 1")
+        check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every, warmup_epochs=warmup_epochs)
+        check_counts(solve_samples=solve_samples, solve_every=solve_every, batch_size=batch_size)
+        check_averaging(combine, ema)
         self.teacher_optimizer = (
             None if teacher_optimizer is None else make_optimizer(teacher_optimizer, teacher, "teacher_optimizer")
         )
@@ -236,6 +237,10 @@ class Distiller:
             if self.weighting is None:
                 self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
                 self._joint = None  # made without, if the teacher was trained alone
+        if self._given is not None and len(self._given.weights) != sample_count(train):
+            raise ValueError(
+                f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
+            )
         if val_loader is not None:
             first = next(iter([val_loader] if isinstance(val_loader, (tuple, Mapping)) else val_loader), None)
             if first is None:
@@ -344,7 +349,11 @@ class Distiller:
         if self.weighting is not None:
             with self.clock.part("influence"):
                 self.weighting.start_step(self.steps)
-        result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        try:
+            result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        except LossNotFiniteError:
+            self._drop_gradients()
+            raise
         self._waiting += 1
         self._tally.steps += 1
         if self._waiting == self.accumulate:
@@ -440,6 +449,11 @@ class Distiller:
                 watch=self._watch,
             )
         return self._joint
+
+    def _drop_gradients(self) -> None:
+        self._waiting = 0
+        for model in (self.student, self.teacher):
+            model.zero_grad()
 
     def _take_steps(self) -> None:
         self._waiting = 0

@@ -10,6 +10,14 @@ from torch import Tensor
 COMBINATIONS = ("mean", "product", "ema")
 
 
+def check_averaging(combine: Any, ema: Any) -> None:
+    """ValueError for a combination or a share that is none."""
+    if combine is not None and combine not in COMBINATIONS:
+        raise ValueError(f"combine is {combine!r}, expected None or one of {', '.join(COMBINATIONS)}")
+    if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+        raise ValueError(f"ema is {ema!r}, expected a number in [0, 1): the share that old weights keep")
+
+
 class WeightBook:
     """Weights of N samples, 1 until they are measured, kept on one device.
 
@@ -35,10 +43,7 @@ class WeightBook:
         ema: float = 0.0,
         normalize: bool = False,
     ) -> None:
-        if combine is not None and combine not in COMBINATIONS:
-            raise ValueError(f"combine is {combine!r}, expected None or one of {', '.join(COMBINATIONS)}")
-        if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
-            raise ValueError(f"ema is {ema!r}, expected a number in [0, 1): the share that old weights keep")
+        check_averaging(combine, ema)
         self.combine, self.ema, self.normalize = combine, float(ema), normalize
         self._measured = torch.ones(samples, device=device)
         self._combined = torch.ones(samples, device=device)

@@ -17,12 +17,13 @@ from ..influence import influence_scores
 from ..ops import RowStats, row_stats
 from ..per_sample import WeightedStep, weighted_step
 from ..solvers import ConvergenceWarning, Solution
+from .finite import LossNotFiniteError
 from .indexed import in_order, sample_count, shared_samples, visited
 from .measured_data import default_batch_size, training_data, validation_data
 from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
-from .schedule import check_schedule, require_one_pass
+from .schedule import check_counts, check_schedule, require_one_pass
 from .soft_targets import most_likely
 from .statistics import SampleStatistics
 from .taught import Taught, taught
@@ -125,14 +126,9 @@ class InfluenceWeighting:
         seed: int = 0,
     ) -> None:
         self.refresh_schedule = check_schedule(refresh)
-        for name, value, least in (
-            ("warmup_epochs", warmup_epochs, 0),
-            ("solve_every", solve_every, 1),
-            ("solve_samples", solve_samples, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}")
+        check_counts(
+            warmup_epochs=warmup_epochs, solve_every=solve_every, solve_samples=solve_samples, batch_size=batch_size
+        )
         self.model, self.teacher, self.loss = model, teacher, loss
         self._plain = unwrapped(model)
         self._device = device_of(self._plain)
@@ -203,8 +199,8 @@ class InfluenceWeighting:
 
     def start_epoch(self, epoch: int) -> bool:
         """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
-        self._epoch = epoch
         self._note_steps()
+        self._epoch = epoch
         since = epoch - self.warmup_epochs
         if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
             return False
@@ -229,10 +225,10 @@ class InfluenceWeighting:
             solved = list(taught_to_solve)
             if is_step or len(places) == len(self._visited):
                 measured, source = places, taught_to_solve
-                phi, solution = self._scores(solved, None)
+                phi, solution = self._scores(solved, places, None)
             else:
                 measured, source = self._visited, self._taught(self._visited)
-                phi, solution = self._scores(source, solved)
+                phi, solution = self._scores(source, measured, solved)
             all_places, all_phi = self._over_ranks(measured), self._over_ranks(phi)
             self._reference = all_phi
             if is_step:
@@ -329,21 +325,31 @@ class InfluenceWeighting:
         chosen = torch.randperm(len(self._visited), generator=self._generator)[:count]
         return self._visited[chosen.sort().values]
 
-    def _scores(self, scored: Any, curved: Any) -> tuple[Tensor, Solution]:
+    def _scores(self, scored: Any, places: Tensor, curved: Any) -> tuple[Tensor, Solution]:
         with warnings.catch_warnings():
             # A rough solve is what is asked for; `record` has the residual.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return influence_scores(
-                self._plain,
-                scored,
-                Taught(self._val, None, self._device),
-                loss=self.loss,
-                params=self._params,
-                curvature_data=curved,
-                group=self._group,
-                return_solution=True,
-                **{"progress": False, **self._influence},
-            )
+            try:
+                return influence_scores(
+                    self._plain,
+                    scored,
+                    Taught(self._val, None, self._device),
+                    loss=self.loss,
+                    params=self._params,
+                    curvature_data=curved,
+                    group=self._group,
+                    return_solution=True,
+                    **{"progress": False, **self._influence},
+                )
+            except ValueError as error:
+                self._name_losses_that_are_not_finite(scored, places, error)
+                raise
+
+    def _name_losses_that_are_not_finite(self, batches: Any, places: Tensor, error: ValueError) -> None:
+        losses = torch.cat([self._losses(batch) for batch in batches]).cpu()
+        bad = places[~losses.isfinite()]
+        if len(bad):
+            raise LossNotFiniteError("the student's loss", bad.tolist()) from error
 
     def _measure(self, places: Tensor, phi: Tensor, own: Tensor, targets: list[Any]) -> None:
         """Weights of the samples at these places, which are those of all ranks; `own` and targets are this rank's."""

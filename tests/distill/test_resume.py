@@ -41,7 +41,7 @@ def train(distiller, epochs=3):
     return distiller.fit(*loaders(noisy=True), epochs)
 
 
-class Interrupted(Exception):
+class InterruptedAtStepError(Exception):
     pass
 
 
@@ -60,10 +60,10 @@ def test_resumed_at_any_step(name, tmp_path):
             original()
             calls["n"] += 1
             if calls["n"] == stop:
-                raise Interrupted
+                raise InterruptedAtStepError
 
         first._save_run = save_and_stop
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedAtStepError):
             train(first)
         torch.manual_seed(stop)
         second = make(100 + stop, student_scheduler=scheduler, checkpoint_every=1, run_dir=run_dir, **SETTINGS[name])

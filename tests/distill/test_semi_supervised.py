@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast import DistillationLoss
 from kdaif_fast.distill import LabelRevisionLoss, SampleFacts
+from kdaif_fast.distill.rules import SelectFraction
 from kdaif_fast.distill.semi_supervised import SemiSupervisedDistiller
 
 from .cases import CLASSES, SOLVE, Noisy, adam, assert_same_bits, network, samples, sgd, state_of

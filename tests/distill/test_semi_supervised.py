@@ -399,7 +399,7 @@ def on_digits(seed, rounds, epochs, teacher_epochs, **settings):
     ],
 )
 def test_digits(settings):
-    distiller, record = on_digits(0, 2, 2, 20, **settings)
+    distiller, record = on_digits(0, 2, 3, 20, **settings)
     assert record["teacher_accuracy"] > 0.8
     assert record["student_accuracy"] > 0.75
     weights = distiller.weights_unlabelled

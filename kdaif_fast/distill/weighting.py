@@ -29,8 +29,12 @@ from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
 
-INFLUENCE: Mapping[str, Any] = {"tol": 3e-2, "max_iter": 50}
-"""A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9)."""
+INFLUENCE: Mapping[str, Any] = {"damping": 0.01, "tol": 3e-2, "max_iter": 50}
+"""A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9).
+
+The damping is a number because "auto", a share of the mean eigenvalue, goes to 0 with the training loss: the flips of
+three runs on digits were found with an AUC of 0.895 (20 %) and 0.924 (40 %) with "auto", and 0.943 and 0.966 with 0.01.
+"""
 
 POOR_RESIDUAL = 0.5
 """A relative residual above which a direction is worth a warning."""
@@ -63,12 +67,14 @@ class InfluenceWeighting:
         combine: how weights are combined with those of the measurement before: None, "mean", "product", or "ema".
         normalize: divide weights by their mean over all samples.
         influence: options of influence_scores: curvature, solver, damping, tol, max_iter, solver_options, keep_graphs,
-            memory. Default: tol 3e-2 and at most 50 products.
+            memory. Default: damping 0.01, tol 3e-2,
+            at most 50 products.
         solve_samples: the curvature is that of at most so many samples, drawn anew for every solve and held in memory;
             None for all.
         solve_every: epochs from one measurement ("step": solve) to the next.
         batch_size: of the passes that measure; default that of the loader, or 1,024 for models of at most 200,000
             parameters.
+        history: how many of the last measurements are kept (and checkpointed); None for all.
         group: a process group or "world": each rank's `train` and `val` are its own shards; weights of all are known to
             all after each measurement. In a loader with a DistributedSampler a rank's shard is what that gives.
         seed: of what rules draw, and of the samples that a solve takes.
@@ -122,12 +128,17 @@ class InfluenceWeighting:
         solve_samples: int | None = 4096,
         solve_every: int = 1,
         batch_size: int | None = None,
+        history: int | None = 100,
         group: Group = None,
         seed: int = 0,
     ) -> None:
         self.refresh_schedule = check_schedule(refresh)
         check_counts(
-            warmup_epochs=warmup_epochs, solve_every=solve_every, solve_samples=solve_samples, batch_size=batch_size
+            warmup_epochs=warmup_epochs,
+            solve_every=solve_every,
+            solve_samples=solve_samples,
+            batch_size=batch_size,
+            history=history,
         )
         self.model, self.teacher, self.loss = model, teacher, loss
         self._plain = unwrapped(model)
@@ -163,8 +174,9 @@ class InfluenceWeighting:
         self._reference: Tensor | None = None
         self._epoch = 0
         self._has_new_phi = False
+        self._history = history
         self.measurements: list[tuple[int, Tensor]] = []
-        """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of every measurement."""
+        """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of the last measurements."""
         self.record: dict[str, Any] = {}
         """Of the last solve: residual, iterations, damping, phi_low, phi_high, seconds."""
 
@@ -416,3 +428,5 @@ class InfluenceWeighting:
     def _keep(self) -> None:
         self.measurements.append((self._epoch, self._phi.cpu().clone()))
         self._has_new_phi = False
+        if self._history is not None:
+            del self.measurements[: -self._history]

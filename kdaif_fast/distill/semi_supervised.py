@@ -76,7 +76,7 @@ class SemiSupervisedDistiller(Distiller):
     Example:
         >>> import torch
         >>> from torch.utils.data import TensorDataset
-        >>> from kdaif_fast.distill.semi_supervised import SemiSupervisedDistiller
+        >>> from kdaif_fast.distill import SemiSupervisedDistiller
         >>> _ = torch.manual_seed(0)
         >>> x, y = torch.randn(80, 4), torch.randint(0, 3, (80,))
         >>> labelled, unlabelled = TensorDataset(x[:20], y[:20]), TensorDataset(x[20:60])

@@ -24,6 +24,7 @@ from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
 from .schedule import check_counts, check_schedule, require_one_pass
+from .soft_targets import most_likely
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
@@ -158,7 +159,6 @@ class InfluenceWeighting:
         self._train = training_data(train, batch_size)
         self._batch_size = batch_size or default_batch_size(self._plain, self._train)
         self._val = validation_data(val)
-        self._visited = visited(self._train)
         shared = shared_samples(self._train, val)
         if shared:
             warn_user(
@@ -184,6 +184,11 @@ class InfluenceWeighting:
     def samples(self) -> int:
         """N."""
         return len(self._book)
+
+    @property
+    def _visited(self) -> Tensor:
+        """The places that training comes to, which can change from one measurement to the next."""
+        return visited(self._train)
 
     @property
     def weights(self) -> Tensor:
@@ -286,6 +291,10 @@ class InfluenceWeighting:
             return weights if weighs else torch.ones_like(weights)
 
         return weighted_step(self.model, samples, weight_fn=weigh, direction=self._direction, **options)
+
+    def forget(self, indices: Tensor) -> None:
+        """Give these samples weight 1, as before their first measurement: they are not what they were any more."""
+        self._book.forget(indices.to(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next weights depend on: tensors and plain values."""
@@ -391,7 +400,8 @@ class InfluenceWeighting:
     @torch.no_grad()
     def _rows(self, batch: Batch) -> RowStats:
         with evaluating(self._plain):
-            return row_stats(run_model(self._plain, batch.inputs, "batch"), batch.teacher_logits, batch.targets)
+            outputs = run_model(self._plain, batch.inputs, "batch")
+            return row_stats(outputs, batch.teacher_logits, most_likely(batch.targets))
 
     @torch.no_grad()
     def _losses(self, batch: Batch) -> Tensor:

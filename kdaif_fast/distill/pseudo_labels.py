@@ -232,7 +232,7 @@ def joined(labelled: Any, unlabelled: Any, kind: str, threshold: float) -> tuple
         IndexedDataset(JoinedSamples(first, second)),
         batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 64,
         sampler=pseudo.sampler,
-        collate_fn=JoinedCollate(own.collate, pseudo),
+        collate_fn=JoinedCollate(own.collate_fn, pseudo),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,

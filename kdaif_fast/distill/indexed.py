@@ -157,6 +157,21 @@ def visited(data: Any) -> Tensor:
     return torch.arange(sample_count(data))
 
 
+def own_share(data: Any, places: Tensor) -> Tensor:
+    """Of these places those that fall to this process, if the loader's sampler shares samples out over processes.
+
+    Each place falls to one process, and to the same one in every epoch: not what the sampler gives, which shuffles, and
+    repeats samples where they cannot be shared out evenly.
+    """
+    sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    for sharing in (sampler, batches, getattr(batches, "sampler", None)):
+        # Of torch and Lightning, and of Accelerate.
+        for rank, ranks in (("rank", "num_replicas"), ("process_index", "num_processes")):
+            if hasattr(sharing, rank) and hasattr(sharing, ranks):
+                return places[getattr(sharing, rank) :: getattr(sharing, ranks)]
+    return places
+
+
 def in_order(data: Any, indices: Tensor, batch_size: int) -> Any:
     """The samples at these places, in this order: a DataLoader, or a list, of IndexedBatch."""
     if isinstance(data, (list, tuple)):

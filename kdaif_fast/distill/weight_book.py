@@ -71,6 +71,15 @@ class WeightBook:
         self._seen[indices] = True
         return averaged * self._factor if self.normalize else averaged
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """What the book has of these samples, [3, n], for `take` of another process's book."""
+        return torch.stack([self._measured[indices], self._combined[indices], self._weights[indices]])
+
+    def take(self, indices: Tensor, rows: Tensor) -> None:
+        """Put in what another process's book has of these samples, as `rows` gave it."""
+        self._measured[indices], self._combined[indices], self._weights[indices] = rows.to(self._weights)
+        self._seen[indices] = True
+
     def settle(self) -> None:
         """Take the mean that weights are divided by from the book as it is now."""
         seen = self._seen.to(self._weights)

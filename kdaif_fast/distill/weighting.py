@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .._distributed import Group, gather_over_ranks
+from .._distributed import Group, agree, gather_over_ranks
 from .._model import Batch, Loss, Params, require_no_batch_statistics, run_model, sample_losses
 from .._warn import warn_user
 from ..influence import influence_scores
@@ -23,6 +23,7 @@ from .indexed import (
     IndexedCollate,
     IndexedDataset,
     in_order,
+    own_share,
     sample_count,
     shared_samples,
     visited,
@@ -79,7 +80,9 @@ class InfluenceWeighting:
         batch_size: of the passes that measure; default that of the loader, or 1,024 for models of at most 200,000
             parameters.
         group: a process group or "world": each rank's `train` and `val` are its own shards; weights of all are known to
-            all after each measurement. In a loader with a DistributedSampler a rank's shard is what that gives.
+            all after each measurement, and those of steps at the next `start_epoch` or `gather`. Of a loader with a
+            DistributedSampler, or one that Accelerate has prepared, a rank measures a fixed share, each sample once.
+            `solve_samples` is of each rank.
         seed: of what rules draw, and of the samples that a solve takes.
 
     Raises:
@@ -163,6 +166,9 @@ class InfluenceWeighting:
         self._batch_size = batch_size or _default_batch_size(self._plain, self._train)
         self._val = _validation(val)
         self._visited = visited(self._train)
+        if group is not None:
+            self._visited = own_share(self._train, self._visited)
+            self._val = _own_validation(self._val)
         shared = shared_samples(self._train, val)
         if shared:
             warn_user(
@@ -178,6 +184,7 @@ class InfluenceWeighting:
         self._reference: Tensor | None = None
         self._epoch = 0
         self._has_new_phi = False
+        self._ungathered = torch.zeros(samples, dtype=torch.bool, device=self._device)
         self.measurements: list[tuple[int, Tensor]] = []
         """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of every measurement."""
         self.record: dict[str, Any] = {}
@@ -228,7 +235,8 @@ class InfluenceWeighting:
         with evaluating(self._plain, self.teacher):
             taught_to_solve = self._taught(places)
             solved = list(taught_to_solve)
-            if is_step or len(places) == len(self._visited):
+            takes_all = agree(len(places) == len(self._visited), self._group, self._device)
+            if is_step or takes_all:
                 measured, source = places, taught_to_solve
                 phi, solution = self._scores(solved, None)
             else:
@@ -285,6 +293,22 @@ class InfluenceWeighting:
 
         return weighted_step(self.model, samples, weight_fn=weigh, direction=self._direction, **options)
 
+    def gather(self) -> None:
+        """Bring together what the steps of all ranks have measured; `start_epoch` does it, too. All ranks have to call it.
+
+        Without a group there is nothing to do. Where two ranks have measured a sample, the last rank's word counts.
+        """
+        if self._group is None or self.refresh_schedule != "step":
+            return
+        mine = self._ungathered.nonzero()[:, 0]
+        found = (mine.cpu(), self._book.rows(mine).cpu(), self._phi[mine].cpu())
+        for its, rows, phi in gather_over_ranks(found, self._group):
+            where = its.to(self._device)
+            self._book.take(where, rows)
+            self._phi[where] = phi.to(self._phi)
+            self._has_new_phi |= len(its) > 0
+        self._ungathered.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next weights depend on: tensors and plain values."""
         return {
@@ -295,6 +319,7 @@ class InfluenceWeighting:
             "generator": self._generator.get_state(),
             "epoch": self._epoch,
             "has_new_phi": self._has_new_phi,
+            "ungathered": self._ungathered,
             "measurements": [[epoch, phi] for epoch, phi in self.measurements],
             "record": self.record,
         }
@@ -313,6 +338,7 @@ class InfluenceWeighting:
         self._reference = None if reference is None else reference.to(self._device)
         self._generator.set_state(state["generator"].cpu())
         self._epoch, self._has_new_phi = state["epoch"], state["has_new_phi"]
+        self._ungathered = state["ungathered"].to(self._device).clone()
         self.measurements = [(epoch, phi) for epoch, phi in state["measurements"]]
         self.record = dict(state["record"])
 
@@ -320,10 +346,12 @@ class InfluenceWeighting:
         return Taught(in_order(self._train, places, self._batch_size), self.teacher, self._device)
 
     def _places_to_solve(self) -> Tensor:
+        # One number, always: generators of ranks with shares of unequal size stay alike.
+        seed = int(torch.randint(2**31, (), generator=self._generator))
         count = self._solve_samples
         if count is None or count >= len(self._visited):
             return self._visited
-        chosen = torch.randperm(len(self._visited), generator=self._generator)[:count]
+        chosen = torch.randperm(len(self._visited), generator=torch.Generator().manual_seed(seed))[:count]
         return self._visited[chosen.sort().values]
 
     def _scores(self, scored: Any, curved: Any) -> tuple[Tensor, Solution]:
@@ -374,6 +402,7 @@ class InfluenceWeighting:
         weights = checked_weights(self.rule(stats, phi, self._epoch), phi)
         self._phi[where] = phi.detach().to(self._phi)
         self._has_new_phi = True
+        self._ungathered[where] = True
         return self._book.record(where, weights)
 
     @torch.no_grad()
@@ -393,6 +422,7 @@ class InfluenceWeighting:
 
     def _note_steps(self) -> None:
         """Keep what the steps since the last epoch have measured."""
+        self.gather()
         if self._has_new_phi:
             self._keep()
 
@@ -449,3 +479,12 @@ def _validation(val: Any) -> Any:
     except TypeError:  # it does not know its length
         pass
     return val
+
+
+def _own_validation(val: Any) -> Any:
+    """Of a loader whose sampler shares samples out over processes those of this process, each once."""
+    if not isinstance(val, DataLoader):
+        return val
+    places = visited(val)
+    own = own_share(val, places)
+    return val if len(own) == len(places) else in_order(val, own, val.batch_size or 1)

@@ -20,7 +20,7 @@ LABELS = ("labels", "label")
 class IndexedSample(NamedTuple):
     """A sample of a data set, and its place there."""
 
-    index: int
+    place: int
     sample: Any
 
 
@@ -58,7 +58,7 @@ class IndexedCollate:
 
     def __call__(self, samples: Sequence[IndexedSample]) -> IndexedBatch:
         """From a list of IndexedSample."""
-        indices = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+        indices = torch.tensor([sample.place for sample in samples], dtype=torch.int64)
         return IndexedBatch(indices, self.collate([sample.sample for sample in samples]))
 
 
@@ -66,7 +66,7 @@ def with_indices(data: Any) -> Any:
     """The same data, with each sample's index in the data set beside it.
 
     Args:
-        data: a map-style data set, whose items become `IndexedSample(index, sample)`; or a DataLoader over one, or a
+        data: a map-style data set, whose items become `IndexedSample(place, sample)`; or a DataLoader over one, or a
             list of batches, which then give `IndexedBatch(indices, batch)`. What has indices already is returned as it
             is.
 
@@ -96,7 +96,7 @@ def with_indices(data: Any) -> Any:
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Tensor)):
         return IndexedDataset(data)
     raise TypeError(
-        f"data is a {type(data).__name__}, whose samples have no index; expected a map-style data set (with __getitem__ "
+        f"data is a {type(data).__name__}, whose samples have no index; expected a map-style data set (__getitem__ "
         "and __len__), a DataLoader over one, or a list of batches"
     )
 
@@ -218,7 +218,7 @@ def _indexed_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"the loader's data set is a {type(dataset).__name__}, an iterable one, whose samples have no index by which "
+            f"the loader's data set is a {type(dataset).__name__}, an iterable one: no sample has an index by which "
             "weights could be kept; expected a map-style data set"
         )
     if type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_sampler is None:

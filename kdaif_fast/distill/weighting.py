@@ -9,38 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .._distributed import Group, agree, gather_over_ranks
-from .._model import Batch, Loss, Params, require_no_batch_statistics, run_model, sample_losses
+from .._model import Batch, Loss, Params, run_model, sample_losses
 from .._warn import warn_user
 from ..influence import influence_scores
 from ..ops import RowStats, row_stats
 from ..per_sample import WeightedStep, weighted_step
 from ..solvers import ConvergenceWarning, Solution
-from .indexed import (
-    IndexedBatch,
-    IndexedCollate,
-    IndexedDataset,
-    in_order,
-    own_share,
-    sample_count,
-    shared_samples,
-    visited,
-    with_indices,
-)
+from .indexed import in_order, own_share, sample_count, shared_samples, visited
+from .measured_data import default_batch_size, own_validation_data, training_data, validation_data
 from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
+from .schedule import check_schedule, require_one_pass
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
 
 INFLUENCE: Mapping[str, Any] = {"tol": 3e-2, "max_iter": 50}
 """A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9)."""
-
-SMALL_MODEL, LARGE_BATCH = 200_000, 1024
-"""Up to so many parameters, the passes of a solve take batches of so many samples."""
 
 POOR_RESIDUAL = 0.5
 """A relative residual above which a direction is worth a warning."""
@@ -59,7 +47,7 @@ class InfluenceWeighting:
     Args:
         model: the student. It may be wrapped (torch.compile, DistributedDataParallel).
         train: the training data: a DataLoader over a map-style data set (shuffled or not), a list of batches, or a data
-            set; see `with_indices`. For measuring it is gone through in order; random augmentation is as it comes, drawn
+            set; see `with_indices`. For measuring it is gone through in order; random augmentation is drawn
             anew for each measurement.
         val: a loader of labelled batches, or one batch: what the model shall become good at. Never the test data.
         loss: (outputs, targets[, teacher_logits]) -> [n], as for influence_scores: the loss that the model is trained
@@ -92,7 +80,7 @@ class InfluenceWeighting:
     Warns:
         UserWarning: training and validation data have samples in common; a solve that came nowhere near its solution.
 
-    Memory: four numbers a sample, and phi of every measurement, on the CPU (`measurements`); the samples of a solve with
+    Memory: four numbers a sample, and phi of every measurement, on the CPU (`measurements`); samples of a solve with
         the teacher's logits; what influence_scores and weighted_step need.
 
     Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705).
@@ -158,17 +146,17 @@ class InfluenceWeighting:
                 f"rule is a {type(rule).__name__}, expected a name or a function (stats, phi, epoch) -> weights"
             )
         if refresh == "step":
-            _require_one_pass(self._plain, loss)
+            require_one_pass(self._plain, loss)
         self.warmup_epochs, self.solve_every = warmup_epochs, solve_every
         self._influence = {**INFLUENCE, **(influence or {})}
         self._solve_samples, self._group = solve_samples, group
-        self._train = _loader(train, batch_size)
-        self._batch_size = batch_size or _default_batch_size(self._plain, self._train)
-        self._val = _validation(val)
+        self._train = training_data(train, batch_size)
+        self._batch_size = batch_size or default_batch_size(self._plain, self._train)
+        self._val = validation_data(val)
         self._visited = visited(self._train)
         if group is not None:
             self._visited = own_share(self._train, self._visited)
-            self._val = _own_validation(self._val)
+            self._val = own_validation_data(self._val)
         shared = shared_samples(self._train, val)
         if shared:
             warn_user(
@@ -189,6 +177,11 @@ class InfluenceWeighting:
         """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of every measurement."""
         self.record: dict[str, Any] = {}
         """Of the last solve: residual, iterations, damping, phi_low, phi_high, seconds."""
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return len(self._book)
 
     @property
     def weights(self) -> Tensor:
@@ -220,7 +213,7 @@ class InfluenceWeighting:
         return True
 
     def start_step(self, step: int) -> bool:
-        """Say that a step begins, counted from 0 over all epochs; measure if `refresh` is a number and it is time to."""
+        """Say that a step begins, counted from 0 over all epochs; measure if `refresh` is a number whose turn it is."""
         n = self.refresh_schedule
         if isinstance(n, str) or step % n or self._epoch < self.warmup_epochs:
             return False
@@ -294,7 +287,7 @@ class InfluenceWeighting:
         return weighted_step(self.model, samples, weight_fn=weigh, direction=self._direction, **options)
 
     def gather(self) -> None:
-        """Bring together what the steps of all ranks have measured; `start_epoch` does it, too. All ranks have to call it.
+        """Bring together what the steps of all ranks have measured; `start_epoch` does it. All ranks have to call it.
 
         Without a group there is nothing to do. Where two ranks have measured a sample, the last rank's word counts.
         """
@@ -429,62 +422,3 @@ class InfluenceWeighting:
     def _keep(self) -> None:
         self.measurements.append((self._epoch, self._phi.cpu().clone()))
         self._has_new_phi = False
-
-
-def check_schedule(refresh: Any) -> str | int:
-    """The schedule, if it is one; ValueError otherwise."""
-    if refresh in ("epoch", "step") or (isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1):
-        return refresh
-    raise ValueError(f"refresh is {refresh!r}, expected 'epoch', 'step', or a number of steps >= 1")
-
-
-def _require_one_pass(model: nn.Module, loss: Loss | None) -> None:
-    if hasattr(loss, "weighted"):
-        raise ValueError(
-            f"refresh is 'step', which multiplies a sample's whole loss by its weight, but {type(loss).__name__} weighs "
-            "its terms by itself; expected refresh='epoch' or a number of steps"
-        )
-    try:
-        require_no_batch_statistics(model)
-    except ValueError as error:
-        raise ValueError(
-            f"refresh is 'step', but {error}, or take refresh='epoch', which measures in eval mode"
-        ) from error
-
-
-def _loader(train: Any, batch_size: int | None) -> Any:
-    data = with_indices(train)
-    if not isinstance(data, IndexedDataset):
-        return data
-    return DataLoader(data, batch_size or 256, collate_fn=IndexedCollate(torch.utils.data.default_collate))
-
-
-def _default_batch_size(model: nn.Module, loader: Any) -> int:
-    own = getattr(loader, "batch_size", None)
-    if own is None:
-        own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
-    is_small = sum(p.numel() for p in model.parameters()) <= SMALL_MODEL
-    return max(own, LARGE_BATCH) if is_small else own
-
-
-def _validation(val: Any) -> Any:
-    """Batches of validation samples; ValueError if there is none."""
-    if isinstance(val, (tuple, Mapping)) and not isinstance(val, IndexedBatch):
-        return [val]
-    if isinstance(val, IndexedBatch):
-        return [val]
-    try:
-        if len(val) == 0:
-            raise ValueError("val is empty: influence is on the loss of its samples")
-    except TypeError:  # it does not know its length
-        pass
-    return val
-
-
-def _own_validation(val: Any) -> Any:
-    """Of a loader whose sampler shares samples out over processes those of this process, each once."""
-    if not isinstance(val, DataLoader):
-        return val
-    places = visited(val)
-    own = own_share(val, places)
-    return val if len(own) == len(places) else in_order(val, own, val.batch_size or 1)

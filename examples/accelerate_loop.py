@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py
     accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 
-Nothing of kdaif_fast is special to Accelerate. Three things to know: with_indices comes before prepare; the weighting is
-made of what prepare returns; and with several processes it is told that they are a group.
+It needs no adapter. Three things to know: with_indices comes before prepare; the weighting is made of what prepare
+returns; and with several processes it is told that they are a group.
 """
 
 import torch
@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast.demo.data import load_digits
-from kdaif_fast.distill.indexed import with_indices
-from kdaif_fast.distill.weighting import InfluenceWeighting
+from kdaif_fast.distill import InfluenceWeighting, with_indices
 
 
 def main(epochs=15, cpu=True):

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from kdaif_fast.demo.data import load_digits
-from kdaif_fast.distill.indexed import with_indices
-from kdaif_fast.distill.weighting import InfluenceWeighting
+from kdaif_fast.distill import InfluenceWeighting, with_indices
 
 
 def main(epochs=15):

@@ -23,9 +23,9 @@ from transformers import (
 
 from kdaif_fast.integrations.huggingface import InfluenceTrainer
 
-PRAISE = "great warm clever lovely moving bright honest funny".split()
-BLAME = "dull cold stupid awful tired dark false boring".split()
-OTHER = "the film a story and plot with actor was scene it music of camera on screen".split()
+PRAISE = ["great", "warm", "clever", "lovely", "moving", "bright", "honest", "funny"]
+BLAME = ["dull", "cold", "stupid", "awful", "tired", "dark", "false", "boring"]
+OTHER = ["the", "film", "a", "story", "and", "plot", "with", "actor", "was", "scene", "it", "music", "of", "camera"]
 
 
 def reviews(count, flip, seed):
@@ -48,7 +48,7 @@ def make_tokenizer():
 
 
 def make_model():
-    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=2, **size))
 
 
@@ -56,7 +56,7 @@ def accuracy(prediction):
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def main(epochs=6, train=600):
+def main(epochs=5, train=400, **arguments):
     set_seed(0)
     tokenizer = make_tokenizer()
     (train_data, flipped), (val_data, _), (test_data, _) = (
@@ -77,16 +77,16 @@ def main(epochs=6, train=600):
                 eval_strategy="epoch",
                 logging_strategy="epoch",
                 report_to="none",
+                **arguments,
             ),
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=tokenized[0],
             val_dataset=tokenized[1],  # what influence is measured on: trusted labels
             eval_dataset=tokenized[2],
             compute_metrics=accuracy,
-            weighting={"rule": "sigmoid", "refresh": "epoch", "warmup_epochs": 1},
+            weighting={"refresh": "epoch", "warmup_epochs": 1, "influence": {"max_iter": 10}},
         )
         trainer.train()
-        trainer.save_model(folder)
         result = trainer.evaluate()
     weights = trainer.weighting.weights.cpu()
     print(f"test accuracy: {result['eval_accuracy']:.1%}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast.demo.data import load_digits
-from kdaif_fast.distill.indexed import with_indices
+from kdaif_fast.distill import with_indices
 from kdaif_fast.integrations.lightning import InfluenceCallback
 
 
@@ -25,7 +25,7 @@ class Classifier(lightning.LightningModule):
         return self.network(x)
 
     def training_step(self, indexed, batch_idx):
-        indices, (x, y) = indexed  # indices, too
+        _, (x, y) = indexed  # the indices of the samples are in it, too
         losses = F.cross_entropy(self(x), y, reduction="none")
         return (self.sample_weights * losses).mean()  # weights that the callback has put there
 

@@ -1,6 +1,6 @@
 """A plain PyTorch loop, before and after the five lines that weigh its samples: digits, 30 % with wrong labels.
 
-    python examples/plain_pytorch.py
+python examples/plain_pytorch.py
 """
 
 import copy
@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast.demo.data import load_digits
-from kdaif_fast.distill.indexed import with_indices
-from kdaif_fast.distill.weighting import InfluenceWeighting
+from kdaif_fast.distill import InfluenceWeighting, with_indices
 
 
 def train_before(model, train, epochs):

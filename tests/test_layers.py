@@ -37,7 +37,7 @@ BELOW = {
     },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "influence", "info", "__init__"},
+    "cli": {"demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {

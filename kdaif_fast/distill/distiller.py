@@ -17,22 +17,23 @@ from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
 from .evaluation import accuracy, describe_weights
-from .finite import FiniteWatch
+from .finite import FiniteWatch, LossNotFiniteError
 from .given_weights import given_weights
-from .indexed import IndexedBatch, has_indices, require_indices, with_indices
+from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
-from .optimising import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler, take_step
+from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .progress import TrainingProgress
 from .random_states import random_state, set_random_state
 from .replay import EpochReplay
 from .rules import WeightRule, make_rule
 from .run_folder import RunFolder
 from .samples_file import SampleFacts
-from .schedule import check_schedule
+from .schedule import check_counts, check_schedule
 from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
+from .weight_book import check_averaging
 from .weighting import InfluenceWeighting
 
 
@@ -146,9 +147,9 @@ class Distiller:
             raise ValueError(
                 f"autocast is {autocast}, expected None or torch.bfloat16 (float16 would need loss scaling)"
             )
-        for name, count in (("accumulate", accumulate), ("checkpoint_every", checkpoint_every or 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} is {count!r}, expected a whole number >= 1")
+        check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every, warmup_epochs=warmup_epochs)
+        check_counts(solve_samples=solve_samples, solve_every=solve_every, batch_size=batch_size)
+        check_averaging(combine, ema)
         self.teacher_optimizer = (
             None if teacher_optimizer is None else make_optimizer(teacher_optimizer, teacher, "teacher_optimizer")
         )
@@ -235,6 +236,10 @@ class Distiller:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
             if self.weighting is None:
                 self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
+        if self._given is not None and len(self._given.weights) != sample_count(train):
+            raise ValueError(
+                f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
+            )
         if val_loader is not None:
             first = next(iter([val_loader] if isinstance(val_loader, (tuple, Mapping)) else val_loader), None)
             if first is None:
@@ -316,8 +321,7 @@ class Distiller:
                 indexed = require_indices(given)
                 self._joint_step().teach(indexed, len(indexed.indices))
                 take_step(self.teacher_optimizer, self.clip_norm)
-            if self.teacher_scheduler is not None:
-                self.teacher_scheduler.step()
+            end_epoch(self.teacher_scheduler)
             self._tally.teacher_epochs += 1
             self._save_run()
 
@@ -342,7 +346,11 @@ class Distiller:
         if self.weighting is not None:
             with self.clock.part("influence"):
                 self.weighting.start_step(self.steps)
-        result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        try:
+            result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        except LossNotFiniteError:
+            self._drop_gradients()
+            raise
         self._waiting += 1
         self._tally.steps += 1
         if self._waiting == self.accumulate:
@@ -439,6 +447,11 @@ class Distiller:
             )
         return self._joint
 
+    def _drop_gradients(self) -> None:
+        self._waiting = 0
+        for model in (self.student, self.teacher):
+            model.zero_grad()
+
     def _take_steps(self) -> None:
         self._waiting = 0
         with self.clock.part("student"):
@@ -487,9 +500,9 @@ class Distiller:
         return replay.start()
 
     def _end_epoch(self, val_loader: Any, test_loader: Any, bar: TrainingProgress) -> None:
-        for scheduler in (self.student_scheduler, self.teacher_scheduler if self.mechanism.trains_teacher else None):
-            if scheduler is not None:
-                scheduler.step()
+        end_epoch(self.student_scheduler)
+        if self.mechanism.trains_teacher:
+            end_epoch(self.teacher_scheduler)
         self._watch.flush()
         self._tally.epoch += 1
         record = self._record(val_loader, test_loader)

@@ -16,6 +16,14 @@ def check_schedule(refresh: Any) -> str | int:
     raise ValueError(f"refresh is {refresh!r}, expected 'epoch', 'step', or a number of steps >= 1")
 
 
+def check_counts(**counts: Any) -> None:
+    """ValueError for a setting that is no whole number, or too small a one; None is none."""
+    for name, value in counts.items():
+        least = 0 if name == "warmup_epochs" else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}")
+
+
 def require_one_pass(model: nn.Module, loss: Loss | None) -> None:
     """ValueError if weights cannot be put into the gradients of one pass, as refresh="step" does."""
     if hasattr(loss, "weighted"):

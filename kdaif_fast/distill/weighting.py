@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from ..influence import influence_scores
 from ..ops import RowStats, row_stats
 from ..per_sample import WeightedStep, weighted_step
 from ..solvers import ConvergenceWarning, Solution
+from .finite import LossNotFiniteError
 from .indexed import in_order, own_share, sample_count, shared_samples, visited
 from .measured_data import default_batch_size, own_validation_data, training_data, validation_data
 from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
-from .schedule import check_schedule, require_one_pass
+from .schedule import check_counts, check_schedule, require_one_pass
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
@@ -126,14 +128,9 @@ class InfluenceWeighting:
         seed: int = 0,
     ) -> None:
         self.refresh_schedule = check_schedule(refresh)
-        for name, value, least in (
-            ("warmup_epochs", warmup_epochs, 0),
-            ("solve_every", solve_every, 1),
-            ("solve_samples", solve_samples, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}")
+        check_counts(
+            warmup_epochs=warmup_epochs, solve_every=solve_every, solve_samples=solve_samples, batch_size=batch_size
+        )
         self.model, self.teacher, self.loss = model, teacher, loss
         self._plain = unwrapped(model)
         self._device = device_of(self._plain)
@@ -172,7 +169,6 @@ class InfluenceWeighting:
         self._reference: Tensor | None = None
         self._epoch = 0
         self._has_new_phi = False
-        self._ungathered = torch.zeros(samples, dtype=torch.bool, device=self._device)
         self.measurements: list[tuple[int, Tensor]] = []
         """(epoch, phi [N] on the CPU, NaN for samples that were not measured) of every measurement."""
         self.record: dict[str, Any] = {}
@@ -204,8 +200,8 @@ class InfluenceWeighting:
 
     def start_epoch(self, epoch: int) -> bool:
         """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
-        self._epoch = epoch
         self._note_steps()
+        self._epoch = epoch
         since = epoch - self.warmup_epochs
         if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
             return False
@@ -231,16 +227,18 @@ class InfluenceWeighting:
             takes_all = agree(len(places) == len(self._visited), self._group, self._device)
             if is_step or takes_all:
                 measured, source = places, taught_to_solve
-                phi, solution = self._scores(solved, None)
+                phi, solution = self._scores(solved, places, None)
             else:
                 measured, source = self._visited, self._taught(self._visited)
-                phi, solution = self._scores(source, solved)
-            all_places, all_phi = self._over_ranks(measured), self._over_ranks(phi)
+                phi, solution = self._scores(source, measured, solved)
+            # Ascending, so that a rule that draws does so as it would on one process.
+            all_places, order = self._over_ranks(measured).sort()
+            all_phi = self._over_ranks(phi, order)
             self._reference = all_phi
             if is_step:
                 self._direction = solution.x
             else:
-                self._measure(all_places, all_phi, measured, source.targets)
+                self._measure(all_places, all_phi, order, measured, source.targets)
         self._book.settle()
         low, high = torch.aminmax(all_phi)
         self.record = {
@@ -293,14 +291,12 @@ class InfluenceWeighting:
         """
         if self._group is None or self.refresh_schedule != "step":
             return
-        mine = self._ungathered.nonzero()[:, 0]
-        found = (mine.cpu(), self._book.rows(mine).cpu(), self._phi[mine].cpu())
-        for its, rows, phi in gather_over_ranks(found, self._group):
-            where = its.to(self._device)
-            self._book.take(where, rows)
-            self._phi[where] = phi.to(self._phi)
-            self._has_new_phi |= len(its) > 0
-        self._ungathered.zero_()
+        changes = self._book.take_changes()
+        phi = self._phi[changes["indices"].to(self._device)].cpu()
+        for its, its_phi in gather_over_ranks((changes, phi), self._group):
+            self._book.merge(its)
+            self._phi[its["indices"].to(self._device)] = its_phi.to(self._device)
+            self._has_new_phi |= len(its_phi) > 0
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next weights depend on: tensors and plain values."""
@@ -312,7 +308,6 @@ class InfluenceWeighting:
             "generator": self._generator.get_state(),
             "epoch": self._epoch,
             "has_new_phi": self._has_new_phi,
-            "ungathered": self._ungathered,
             "measurements": [[epoch, phi] for epoch, phi in self.measurements],
             "record": self.record,
         }
@@ -331,7 +326,6 @@ class InfluenceWeighting:
         self._reference = None if reference is None else reference.to(self._device)
         self._generator.set_state(state["generator"].cpu())
         self._epoch, self._has_new_phi = state["epoch"], state["has_new_phi"]
-        self._ungathered = state["ungathered"].to(self._device).clone()
         self.measurements = [(epoch, phi) for epoch, phi in state["measurements"]]
         self.record = dict(state["record"])
 
@@ -347,28 +341,42 @@ class InfluenceWeighting:
         chosen = torch.randperm(len(self._visited), generator=torch.Generator().manual_seed(seed))[:count]
         return self._visited[chosen.sort().values]
 
-    def _scores(self, scored: Any, curved: Any) -> tuple[Tensor, Solution]:
+    def _scores(self, scored: Any, places: Tensor, curved: Any) -> tuple[Tensor, Solution]:
         with warnings.catch_warnings():
             # A rough solve is what is asked for; `record` has the residual.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return influence_scores(
-                self._plain,
-                scored,
-                Taught(self._val, None, self._device),
-                loss=self.loss,
-                params=self._params,
-                curvature_data=curved,
-                group=self._group,
-                return_solution=True,
-                **{"progress": False, **self._influence},
-            )
+            try:
+                return influence_scores(
+                    self._plain,
+                    scored,
+                    Taught(self._val, None, self._device),
+                    loss=self.loss,
+                    params=self._params,
+                    curvature_data=curved,
+                    group=self._group,
+                    return_solution=True,
+                    **{"progress": False, **self._influence},
+                )
+            except ValueError as error:
+                self._name_losses_that_are_not_finite(scored, places, error)
+                raise
 
-    def _measure(self, places: Tensor, phi: Tensor, own: Tensor, targets: list[Any]) -> None:
-        """Weights of the samples at these places, which are those of all ranks; `own` and targets are this rank's."""
+    def _name_losses_that_are_not_finite(self, batches: Any, places: Tensor, error: ValueError) -> None:
+        losses = torch.cat([self._losses(batch) for batch in batches]).cpu()
+        bad = places[~losses.isfinite()]
+        if len(bad):
+            raise LossNotFiniteError("the student's loss", bad.tolist()) from error
+
+    def _measure(self, places: Tensor, phi: Tensor, order: Tensor, own: Tensor, targets: list[Any]) -> None:
+        """Weights of the samples at these places, which are those of all ranks; `own` and targets are this rank's.
+
+        `order` is that of `places` in what the ranks give one after another.
+        """
         where = places.to(self._device)
         are_tensors = all(isinstance(part, Tensor) for part in targets)
-        labels = self._over_ranks(torch.cat(targets)) if are_tensors else None
-        weights = self._weigh(where, phi, lambda: self._taught(own), labels, self._over_ranks)
+        labels = self._over_ranks(torch.cat(targets), order) if are_tensors else None
+        over_ranks = partial(self._over_ranks, order=order)
+        weights = self._weigh(where, phi, lambda: self._taught(own), labels, over_ranks)
         require_usable(weights, places)
         self._keep()
 
@@ -395,7 +403,6 @@ class InfluenceWeighting:
         weights = checked_weights(self.rule(stats, phi, self._epoch), phi)
         self._phi[where] = phi.detach().to(self._phi)
         self._has_new_phi = True
-        self._ungathered[where] = True
         return self._book.record(where, weights)
 
     @torch.no_grad()
@@ -408,13 +415,15 @@ class InfluenceWeighting:
         with evaluating(self._plain):
             return sample_losses(self.loss, run_model(self._plain, batch.inputs, "batch"), batch, "batch")
 
-    def _over_ranks(self, tensor: Tensor) -> Tensor:
+    def _over_ranks(self, tensor: Tensor, order: Tensor | None = None) -> Tensor:
+        """What all ranks have of it, one after another, or in this order."""
         if self._group is None:
             return tensor
-        return torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
+        found = torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
+        return found if order is None else found[order.to(found.device)]
 
     def _note_steps(self) -> None:
-        """Keep what the steps since the last epoch have measured."""
+        """Keep what the steps since the last epoch have measured, on all ranks."""
         self.gather()
         if self._has_new_phi:
             self._keep()

@@ -31,17 +31,16 @@ STATE = "influence.safetensors"
 """The file of the weighting's state in a checkpoint's folder."""
 
 
-class InfluenceTrainer(Trainer):  # type: ignore[misc]
+class InfluenceTrainer(Trainer):
     """A Trainer whose training samples count as much as they help on validation data.
 
     Trains as Trainer does, but for the loss: sum_i w_i l_i / n over the n samples of an update step (all of them, with
     gradient accumulation and several processes), where l_i is the loss of sample i, and w_i follows from its influence
-    on the loss on `val_dataset`, measured again as training goes on. `trainer.weighting` is the InfluenceWeighting, from
-    the beginning of `train()` on; `trainer.weighting.weights` the weight of every sample by its place in
-    `train_dataset`. Logs get `mean_weight` and `share_below_1`. Evaluation is Trainer's, with all weights 1.
+    on the loss on `val_dataset`, measured again as training goes on. `trainer.weighting` is the InfluenceWeighting, once
+    `train()` has begun; `trainer.weighting.weights` the weight of every sample by its place in `train_dataset`. Logs get `mean_weight` and `share_below_1`. Evaluation is Trainer's, with all weights 1.
 
-    Checkpoints hold the state of the weighting, too, in influence.safetensors, and `resume_from_checkpoint` goes on with
-    the weights of then. What measuring draws at random depends on `seed` and the step alone.
+    Checkpoints hold the state of the weighting in influence.safetensors, and `resume_from_checkpoint` goes on with the
+    weights of then. What measuring draws at random depends on `seed` and the step alone.
 
     Args:
         model, args, train_dataset, data_collator, ...: as for Trainer. The model gives logits [n, V], and labels are
@@ -50,8 +49,8 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
         val_dataset: labelled samples that can be trusted; what the model shall become good at. Default `eval_dataset`,
             whose loss is a rosy one then: keep the test data out of both.
         weighting: options of InfluenceWeighting: rule, refresh ("epoch", "step", or a number of update steps),
-            warmup_epochs, ema, combine, normalize, influence, solve_samples, solve_every, batch_size, params, seed. With
-            "step" a forward and a backward pass give gradients, influence and weights together.
+            warmup_epochs, ema, combine, normalize, influence, solve_samples, solve_every, batch_size, params, seed. If
+            "step", a forward and a backward pass give gradients, influence and weights together.
         teacher: a model for the same batches, which gives logits to distil from; not trained, in evaluation mode.
         loss: function (outputs, targets[, teacher_logits]) -> [n]; default cross-entropy, or kd_loss with a teacher
             (DistillationLoss has its temperature and its alpha).
@@ -101,8 +100,8 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
             )
         if self.args.label_smoothing_factor and (self._loss is not None or self.teacher is not None):
             raise ValueError(
-                f"label_smoothing_factor is {self.args.label_smoothing_factor}, which is for the default loss without a "
-                "teacher; expected 0, and label smoothing in loss= where it is wanted"
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, which is for the default loss without "
+                "a teacher; expected 0, and label smoothing in loss= where it is wanted"
             )
         if self.val_dataset is None or isinstance(self.val_dataset, (dict, str)):
             raise ValueError(
@@ -206,13 +205,14 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
         return weighted.sum() / num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's; with refresh="step", once there is a direction, the one pass that gives weights and gradients."""
+        """As Trainer's; with refresh="step", once there is a direction, one pass gives weights and gradients."""
         weighting = self.weighting
         if weighting is None or not weighting.is_one_pass:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # optimizers without a schedule
-            self.optimizer.train()
+        to_training = getattr(self.optimizer, "train", None)  # of optimizers without a schedule
+        if callable(to_training):
+            to_training()
         inputs = dict(self._prepare_inputs(inputs))
         indices = inputs.pop(INDEX)
         with self.compute_loss_context_manager():
@@ -291,7 +291,7 @@ class InfluenceTrainer(Trainer):  # type: ignore[misc]
             warn_user(f"{checkpoint} has no {STATE}: weights begin at 1, until they are measured", UserWarning)
 
 
-class _Occasions(TrainerCallback):  # type: ignore[misc]
+class _Occasions(TrainerCallback):
     """Tells the trainer when training, an epoch or a step begins."""
 
     def __init__(self, trainer: InfluenceTrainer) -> None:

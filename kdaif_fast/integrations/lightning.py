@@ -19,7 +19,7 @@ class InfluenceCallback(Callback):
     What the module and its data have to do:
 
     - the training loader, of `fit` or of a DataModule, is `with_indices(DataLoader(...))`;
-    - `training_step` gets `indices, batch` then, and multiplies the losses of the samples by `self.sample_weights`, [n],
+    - `training_step` gets `indices, batch` then, and multiplies the samples' losses by `self.sample_weights`, [n],
       which the callback has put there:
 
         def training_step(self, indexed, batch_idx):
@@ -44,8 +44,8 @@ class InfluenceCallback(Callback):
 
     Raises (when training starts):
         TypeError: a training loader without indices, several of them, or a module without the part `model`.
-        ValueError: no validation data; refresh="step" with automatic optimization or on several devices; a strategy that
-            spreads the model; what InfluenceWeighting refuses.
+        ValueError: no validation data; refresh="step" with automatic optimization or on several devices; a strategy
+            that spreads the model; what InfluenceWeighting refuses.
 
     Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705).
 
@@ -134,8 +134,8 @@ def _training_loader(trainer: Trainer) -> Any:
     loader = trainer.train_dataloader
     if not has_indices(loader):
         raise TypeError(
-            f"the training loader is a {type(loader).__name__} without the indices of its samples, by which their weights "
-            "are kept; expected one with_indices(DataLoader(...)), from kdaif_fast.distill"
+            f"the training loader is a {type(loader).__name__} without the indices of its samples, by which their "
+            "weights are kept; expected one with_indices(DataLoader(...)), from kdaif_fast.distill"
         )
     return loader
 

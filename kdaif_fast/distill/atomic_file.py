@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: a kill while writing leaves what was there before."""
+"""Files that are whole at any moment: replaced in one step, or grown by all of something or nothing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     _settle_folder(path.parent)
+
+
+def append_whole(path: Path, content: bytes, to_disk: bool = False) -> None:
+    """Add `content` to the end of a file, and wait until it is on the disk if asked to.
+
+    Raises OSError where there is no room; the file is then as it was. (A kill may leave a part of the content.)
+    """
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            if to_disk:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _settle_folder(folder: Path) -> None:

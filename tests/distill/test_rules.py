@@ -125,6 +125,17 @@ def test_formulas():
     torch.testing.assert_close(probabilities, 1 / (1 + torch.exp(2 * fifth)), rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("kind", [Sigmoid, HalfSigmoid, Linear])
+@pytest.mark.parametrize("phi", [torch.tensor([-3e38, 0, 3e38]), torch.tensor([-1e300, 0, 1e300]).double()])
+def test_steepness_without_an_end(kind, phi):
+    """Neither 0 times what overflows is NaN, nor what overflows times 0."""
+    assert weigh(kind(gamma=0.0, scale=1e-30), phi).tolist() == [1, 1, 1]
+    low, neutral, high = weigh(kind(gamma=1e300, scale=1e-30), phi)
+    assert low == {HalfSigmoid: 1.5}.get(kind, 2)
+    assert neutral == 1
+    assert high == {HalfSigmoid: 0.5}.get(kind, 0)
+
+
 def test_the_range_is_that_of_all_samples():
     everything = torch.tensor([-4.0, 0.0, 1.0, 4.0])
     batch = torch.tensor([1.0, 2.0])
@@ -155,6 +166,8 @@ def test_nan_stays_nan(name):
     assert w.isnan().tolist() == [True, False, False]
     w = weigh(rule, phi)
     assert w[0].isnan()
+    flat = weigh(rule, phi, torch.ones(3))  # nothing to tell apart
+    assert flat.isnan().tolist() == [True, False, False]
     if name in ("drop", "select"):  # no range that NaN would be part of
         assert not w[1:].isnan().any()
 

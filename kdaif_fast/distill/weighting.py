@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._distributed import Group, agree, gather_over_ranks
+from .._distributed import Group, gather_over_ranks
 from .._model import Batch, Loss, Params, run_model, sample_losses
 from .._warn import warn_user
 from ..influence import influence_scores
@@ -154,6 +154,8 @@ class InfluenceWeighting:
         if group is not None:
             self._visited = own_share(self._train, self._visited)
             self._val = own_validation_data(self._val)
+        self._largest_share = max(gather_over_ranks(len(self._visited), group))
+        self._solves_on_all = solve_samples is None or solve_samples >= self._largest_share
         shared = shared_samples(self._train, val)
         if shared:
             warn_user(
@@ -224,8 +226,7 @@ class InfluenceWeighting:
         with evaluating(self._plain, self.teacher):
             taught_to_solve = self._taught(places)
             solved = list(taught_to_solve)
-            takes_all = agree(len(places) == len(self._visited), self._group, self._device)
-            if is_step or takes_all:
+            if is_step or self._solves_on_all:
                 measured, source = places, taught_to_solve
                 phi, solution = self._scores(solved, places, None)
             else:
@@ -333,12 +334,11 @@ class InfluenceWeighting:
         return Taught(in_order(self._train, places, self._batch_size), self.teacher, self._device)
 
     def _places_to_solve(self) -> Tensor:
-        # One number, always: generators of ranks with shares of unequal size stay alike.
-        seed = int(torch.randint(2**31, (), generator=self._generator))
-        count = self._solve_samples
-        if count is None or count >= len(self._visited):
+        if self._solves_on_all:
             return self._visited
-        chosen = torch.randperm(len(self._visited), generator=torch.Generator().manual_seed(seed))[:count]
+        # As many numbers on all ranks, whose generators stay alike then.
+        chosen = torch.randperm(self._largest_share, generator=self._generator)
+        chosen = chosen[chosen < len(self._visited)][: self._solve_samples]
         return self._visited[chosen.sort().values]
 
     def _scores(self, scored: Any, places: Tensor, curved: Any) -> tuple[Tensor, Solution]:

@@ -36,8 +36,9 @@ class InfluenceTrainer(Trainer):
 
     Trains as Trainer does, but for the loss: sum_i w_i l_i / n over the n samples of an update step (all of them, with
     gradient accumulation and several processes), where l_i is the loss of sample i, and w_i follows from its influence
-    on the loss on `val_dataset`, measured again as training goes on. `trainer.weighting` is the InfluenceWeighting, once
-    `train()` has begun; `trainer.weighting.weights` the weight of every sample by its place in `train_dataset`. Logs get `mean_weight` and `share_below_1`. Evaluation is Trainer's, with all weights 1.
+    on the loss on `val_dataset`, measured again as training goes on. Evaluation is Trainer's, with all weights 1. Once
+    `train()` has begun, `trainer.weighting` is the InfluenceWeighting, and `trainer.weighting.weights` the weight of
+    every sample by its place in `train_dataset`. Logs get `mean_weight` and `share_below_1`.
 
     Checkpoints hold the state of the weighting in influence.safetensors, and `resume_from_checkpoint` goes on with the
     weights of then. What measuring draws at random depends on `seed` and the step alone.

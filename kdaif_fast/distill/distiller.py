@@ -16,7 +16,7 @@ from .._warn import warn_user
 from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
-from .evaluation import accuracy, describe_weights
+from .evaluation import accuracy
 from .finite import FiniteWatch, LossNotFiniteError
 from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
@@ -34,6 +34,7 @@ from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
+from .weight_figures import weight_figures
 from .weighting import InfluenceWeighting
 
 
@@ -525,7 +526,7 @@ class Distiller:
         weights = self.current_weights
         if weights is not None:
             flipped = None if self.facts is None else self.facts.known_flips(self._tally.labels)
-            record |= describe_weights(weights, flipped)
+            record |= weight_figures(weights, flipped)
         return {**record, "seconds": dict(self.clock.seconds)}
 
     def _log_refresh(self) -> None:

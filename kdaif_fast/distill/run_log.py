@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .atomic_file import append_whole, write_atomically
+from .._files import append_whole, write_whole
 
 LOG, TABLE = "log.jsonl", "log.csv"
 KINDS = ("epoch", "refresh")
@@ -109,14 +109,14 @@ class RunLog:
 
     def _rewrite(self) -> None:
         assert self._folder is not None
-        write_atomically(self._folder / LOG, b"".join(map(_line, self._records)))
+        write_whole(self._folder / LOG, b"".join(map(_line, self._records)))
         self._write_table()
 
     def _write_table(self) -> None:
         assert self._folder is not None
         rows = [_row(record) for record in self._records if record["kind"] == "epoch"]
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
-        write_atomically(self._folder / TABLE, _csv(self._columns, rows, header=True))
+        write_whole(self._folder / TABLE, _csv(self._columns, rows, header=True))
 
     def _add_row(self, record: Mapping[str, Any]) -> None:
         assert self._folder is not None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic_file import write_atomically
+from .._files import write_whole
 from .sample_contents import Content, describe_samples
 
 ARRAYS, CONTENTS = "samples.safetensors", "samples.json"
@@ -192,7 +192,7 @@ def write_samples(
         arrays["groups"], about["group_names"] = facts.group_places
     given = {name: array.detach().cpu().contiguous() for name, array in arrays.items() if array is not None}
     content = save(given, {"format": FORMAT, "about": json.dumps(about)})
-    write_atomically(Path(run_dir) / ARRAYS, content)
+    write_whole(Path(run_dir) / ARRAYS, content)
 
 
 def write_contents(
@@ -226,7 +226,7 @@ def write_contents(
         "top": top,
         "samples": [{"index": index, **asdict(content)} for index, content in contents.items()],
     }
-    write_atomically(Path(run_dir) / CONTENTS, json.dumps(told).encode())
+    write_whole(Path(run_dir) / CONTENTS, json.dumps(told).encode())
 
 
 def read_samples(run_dir: str | os.PathLike[str]) -> Samples:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kdaif_fast
-from kdaif_fast.distill import atomic_file
+from kdaif_fast import _files
 from kdaif_fast.distill.run_log import RunLog, numbers, read_log
 
 
@@ -239,7 +239,7 @@ def test_a_disk_without_room_cuts_no_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic_file.os, "fsync", full)
+        patched.setattr(_files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             log.write(epoch(2))
     assert (tmp_path / "log.jsonl").read_bytes() == before
@@ -249,14 +249,14 @@ def test_a_disk_without_room_cuts_no_line(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    atomic_file.write_atomically(path, b"old")
+    _files.write_whole(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_file.os, "fsync", full)
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        atomic_file.write_atomically(path, b"new")
+        _files.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

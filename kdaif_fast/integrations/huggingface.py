@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from .._model import Batch, Loss, sample_losses
 from .._warn import warn_user
 from ..distill.checkpoint import read_state, write_state
-from ..distill.evaluation import share_below_1
+from ..distill.weight_figures import share_below_1
 from ..distill.indexed import IndexedCollate, IndexedDataset, IndexedSample, as_batch
 from ..distill.modes import evaluating
 from ..distill.taught import teacher_logits

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from ..distill.evaluation import share_below_1
+from ..distill.weight_figures import share_below_1
 from ..distill.indexed import IndexedBatch, has_indices
 from ..distill.weighting import InfluenceWeighting
 from .measuring import own_randomness

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback
 from .._model import Batch, Loss, sample_losses
 from .._warn import warn_user
 from ..distill.checkpoint import read_state, write_state
-from ..distill.weight_figures import share_below_1
 from ..distill.indexed import IndexedCollate, IndexedDataset, IndexedSample, as_batch
 from ..distill.modes import evaluating
 from ..distill.taught import teacher_logits
+from ..distill.weight_figures import share_below_1
 from ..distill.weighting import InfluenceWeighting
 from .measuring import own_randomness
 
@@ -158,8 +158,10 @@ class InfluenceTrainer(Trainer):
     def _columns(self, dataset: Any, description: str) -> tuple[Any, Callable[[list[Any]], Any]]:
         """The data set, and the collate function, without the columns that the model does not take."""
         if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-            return self._remove_unused_columns(dataset, description=description), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, description=description)
+            dataset, collate = self._remove_unused_columns(dataset, description=description), self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        return dataset, _CollateWithLabels(collate)
 
     def _measured(self, dataset: Any, collate: Callable[[list[Any]], Any], batch_size: int, sampler: Any) -> Any:
         """A loader of the share of this process of a data set, each sample once."""
@@ -311,15 +313,26 @@ class _Occasions(TrainerCallback):
         self._trainer._begin_step()
 
 
+class _CollateWithLabels:
+    """Batches as another collate function makes them, which have to be mappings with labels."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Mapping[str, Any]:
+        batch = self._collate(samples)
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            form = f"a mapping with {', '.join(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise TypeError(f"data_collator returned {form}, expected a mapping with labels")
+        return batch
+
+
 class _CollateWithIndices:
-    """Batches as another collate function makes them, with the samples' indices under a key of their own."""
+    """Such batches with the samples' indices under a key of their own."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = IndexedCollate(collate)
 
     def __call__(self, samples: list[IndexedSample]) -> dict[str, Any]:
         indices, batch = self._collate(samples)
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            form = f"a mapping of {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-            raise TypeError(f"data_collator returned {form}, expected a mapping with labels")
         return {**batch, INDEX: indices}

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from ..distill.weight_figures import share_below_1
 from ..distill.indexed import IndexedBatch, has_indices
+from ..distill.weight_figures import share_below_1
 from ..distill.weighting import InfluenceWeighting
 from .measuring import own_randomness
 
@@ -105,7 +105,6 @@ class InfluenceCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the weights are like."""
         assert self.weighting is not None
-        self.weighting.gather()
         weights = self.weighting.weights
         pl_module.log("mean_weight", weights.mean())
         pl_module.log("share_below_1", share_below_1(weights))

@@ -239,6 +239,7 @@ class Distiller:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
             if self.weighting is None:
                 self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
+                self._joint = None  # made without, if the teacher was trained alone
         if self._given is not None and len(self._given.weights) != sample_count(train):
             raise ValueError(
                 f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
@@ -316,6 +317,8 @@ class Distiller:
         self._replays = replays_of(train=train)
         if resume and self._folder.has_checkpoint:
             self.load(self._checkpoint)
+            if self._resumed is not None and self._tally.teacher_epochs < epochs:
+                self._replays["train"].restore(self._resumed["replays"]["train"])
         training(self.teacher)
         self._folder.make()
         while self._tally.teacher_epochs < epochs:

@@ -147,7 +147,8 @@ differences are taken seed by seed. `python benchmarks/experiments/semi_supervis
 {table(found)}
 
 Without "fixed teacher" the teacher goes on learning, from labels and pseudo-labels. "Wrong" are pseudo-labels of the
-last round; the AUC is the chance that a wrong one has a lower weight at the end than a right one.
+last round; the AUC is the chance that a wrong one has a lower weight at the end than a right one. A difference that
+is not well beyond its standard deviation is no help.
 
 Influence sees {VALIDATION} labels that the plain rows and "meta" do not. The row with the validation images as labelled
 ones shows what these are worth when they are simply trained on, and "on the labelled images themselves" what influence

@@ -22,6 +22,7 @@ BELOW = {
     "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_files": set(),
+    "_config": set(),
     "_distributed": set(),
     "_objective": {"_model", "_tree", "batched"},
     "solvers": {"_tree", "_warn", "ops"},
@@ -30,20 +31,21 @@ BELOW = {
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
-        "_files",
+        *("_config", "_files"),
     },
     "distill": {
-        *("influence", "solvers", "per_sample", "ops", "_model", "_data", "_distributed", "_files", "_tree", "_warn"),
+        *("influence", "curvature", "solvers", "per_sample", "ops"),
+        *("_config", "_data", "_distributed", "_files", "_model", "_tree", "_warn"),
     },
     "integrations": {"distill", "_model", "_warn"},
-    "demo": {"influence", "ops", "_model"},
+    "demo": {"distill", "influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "distill", "influence", "info", "__init__"},
+    "cli": {"_config", "demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {
     *("sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors", "jinja2", "PIL"),
-    *("accelerate", "datasets", "tensorboard"),
+    *("accelerate", "datasets", "tensorboard", "torchvision"),
 }
 
 INTEGRATES = {"huggingface": "transformers", "lightning": "lightning"}

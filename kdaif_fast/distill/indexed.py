@@ -53,13 +53,13 @@ class IndexedDataset(Dataset[IndexedSample]):
 class IndexedCollate:
     """Brings samples together as another collate function does, beside their indices."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
 
     def __call__(self, samples: Sequence[IndexedSample]) -> IndexedBatch:
         """From a list of IndexedSample."""
         indices = torch.tensor([sample.place for sample in samples], dtype=torch.int64)
-        return IndexedBatch(indices, self.collate([sample.sample for sample in samples]))
+        return IndexedBatch(indices, self.collate_fn([sample.sample for sample in samples]))
 
 
 def with_indices(data: Any) -> Any:

@@ -149,6 +149,18 @@ def test_label_revision_with_data_selection():
         make(**{**label_revision(share=0.5), "refresh": "step"}).fit(*loaders(), 1)
 
 
+def test_negative_labels_are_the_business_of_ones_own_losses():
+    x, y, _ = samples(24)
+    data = TensorDataset(x, 2 * (y % 2) - 1)
+
+    def hinge(outputs, targets, teacher_logits=None):
+        return (1 - targets * outputs[:, 0]).clamp(min=0)
+
+    distiller = make(mechanism="M3", loss=hinge, teacher_loss=hinge, influence={"curvature": "identity"})
+    records = distiller.fit(DataLoader(data, batch_size=6), DataLoader(list(data), batch_size=24), 1)
+    assert records[0]["student_loss"] > 0
+
+
 class TestBadInput:
     def test_another_number_of_classes(self):
         teacher, student = network(), nn.Linear(FEATURES, CLASSES + 1)

@@ -60,7 +60,8 @@ class InfluenceCallback(Callback):
         self._val, self._model, self._options = val, model, options
         self.weighting: InfluenceWeighting | None = None
         self._resumed: dict[str, Any] | None = None
-        self._step: int | None = None  # for which start_step was last called
+        self._epoch: int | None = None  # for which start_epoch was last called
+        self._step: int | None = None  # likewise start_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the weighting; with the state of a checkpoint, if there is one."""
@@ -81,19 +82,20 @@ class InfluenceCallback(Callback):
             _validation_loader(trainer) if self._val is None else self._val,
             **{"group": "world" if trainer.world_size > 1 else None, **self._options},
         )
-        self._step = None
+        self._epoch = self._step = None
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
-            self.weighting.load_state_dict(resumed)
+            self.weighting.load_state_dict(resumed["weighting"])
+            self._epoch = resumed["epoch"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, if it is time to; Lightning does not call this for an epoch that is resumed in its middle."""
-        assert self.weighting is not None
-        with own_randomness(self._seed, 0, trainer.global_step):
-            self.weighting.start_epoch(trainer.current_epoch)
+        """Measure, if it is time to."""
+        self._begin_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the module the weights of the batch's samples."""
+        # Lightning says nothing at the start of an epoch after a checkpoint that was made by the last batch of another.
+        self._begin_epoch(trainer)
         assert self.weighting is not None
         # Batches that are accumulated are one step.
         if not isinstance(self.weighting.refresh_schedule, str) and trainer.global_step != self._step:
@@ -111,12 +113,21 @@ class InfluenceCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the weighting, for a checkpoint."""
-        state = self._resumed if self.weighting is None else self.weighting.state_dict()
-        return {} if state is None else {"weighting": state}
+        if self.weighting is None:
+            return self._resumed or {}
+        return {"weighting": self.weighting.state_dict(), "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts."""
-        self._resumed = state_dict.get("weighting")
+        self._resumed = state_dict or None
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
+        if trainer.current_epoch == self._epoch:  # resumed in the middle of it, too
+            return
+        assert self.weighting is not None
+        with own_randomness(self._seed, 0, trainer.global_step):
+            self.weighting.start_epoch(trainer.current_epoch)
+        self._epoch = trainer.current_epoch
 
     @property
     def _seed(self) -> int:

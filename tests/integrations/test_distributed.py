@@ -106,7 +106,7 @@ def check_shares(rank, world):
         weights = gathered(shared.weights)
         assert torch.equal(*weights)
         assert set(weights[0].tolist()) == {0.0, 1.0}
-        assert len(shared._places_to_solve()) == min(count, (13, 12)[rank])
+        assert len(shared._drawn(shared._visited, 13)) == min(count, (13, 12)[rank])
         assert torch.equal(*gathered(shared._generator.get_state()))
 
 

@@ -121,7 +121,7 @@ def test_the_command(tmp_path):
 
     page = tmp_path / "page.md"
     page.write_text("<!-- table flips-0 -->\n<!-- end -->\n")
-    options = ["--seeds", "1", "--epochs", "2", "--problem", "flips-0", "--method", "online"]
+    options = ["--seeds", "1", "--epochs", "2", "--processes", "1", "--problem", "flips-0", "--method", "online"]
     done = CliRunner().invoke(main, [*options, "--results", str(tmp_path), "--page", str(page)])
     assert done.exit_code == 0, done.output
     assert "| online KD | " in page.read_text()

@@ -26,8 +26,8 @@ class Settings(NamedTuple):
     student: tuple[int, ...] = (32,)
     warmup: int = 2  # epochs before the first measurement
     ema: float = 0.5  # share of the old weight that stays at a measurement
-    damping: float | str = 0.01
-    products: int = 10  # with the curvature, a measurement
+    damping: float | str = "auto"
+    products: int = 5  # with the curvature, a measurement
 
 
 class Method(NamedTuple):

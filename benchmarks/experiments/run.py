@@ -37,6 +37,17 @@ class ThreadClock(Clock):
         """Nothing: epochs are not of interest."""
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch has one thread: the one that ThreadClock sees."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(problem_name: str, method_name: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train teacher and student; what came of it, in numbers.
 
@@ -44,7 +55,6 @@ def run(problem_name: str, method_name: str, seed: int, settings: Settings) -> d
     the test data: they are looked at once, after the last epoch.
     """
     method, data = METHODS[method_name], load(PROBLEMS[problem_name], seed)
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
     teacher, student = build(*settings.teacher), build(*settings.student)
     train = DataLoader(
@@ -64,11 +74,11 @@ def run(problem_name: str, method_name: str, seed: int, settings: Settings) -> d
         **options_of(method, data, seed, settings),
     )
     distiller.clock = ThreadClock()
-    if method.is_two_stage:
-        distiller.fit_teacher(train, settings.epochs)
-    with warnings.catch_warnings():
+    with one_thread(), warnings.catch_warnings():
         # So few products are meant to leave a residual.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        if method.is_two_stage:
+            distiller.fit_teacher(train, settings.epochs)
         distiller.fit(train, [data.validation], settings.epochs - 1)
         last = distiller.fit(train, [data.validation], settings.epochs, [data.test])[-1]
     found = {

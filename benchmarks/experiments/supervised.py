@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -31,15 +33,21 @@ def run_missing(
         for method in methods
         if not results[problem].has(method, seed)
     ]
-    if not missing:
-        return
-    # Started afresh: a fork would share the threads' locks.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool, tqdm(total=len(missing), unit="run") as bar:
-        for done in as_completed([pool.submit(run, *task, settings) for task in missing]):
-            found = done.result()
+    with tqdm(total=len(missing), unit="run") as bar:
+        for found in _outcomes(missing, settings, processes):
             results[found["problem"]].add(found)
             bar.update()
+
+
+def _outcomes(tasks: list[tuple[str, str, int]], settings: Settings, processes: int) -> Iterator[dict[str, Any]]:
+    """What the runs give, as they end."""
+    if processes == 1:
+        yield from (run(*task, settings) for task in tasks)
+        return
+    # Started afresh: a fork would share the threads' locks.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run, *task, settings) for task in tasks]):
+            yield done.result()
 
 
 def write_page(folder: Path, page: Path) -> None:

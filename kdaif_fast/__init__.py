@@ -1,6 +1,6 @@
 """Influence of each training sample on the validation loss, fast enough to be used inside training (KD-AIF)."""
 
-from . import curvature, ops, per_sample, solvers
+from . import curvature, distill, ops, per_sample, solvers
 from ._library import MissingKernelsWarning, backend, backends
 from ._model import DistillationLoss
 from ._sharded import gathered
@@ -34,6 +34,7 @@ __all__ = [
     "backends",
     "curvature",
     "datainf_scores",
+    "distill",
     "gathered",
     "hvp",
     "influence_scores",

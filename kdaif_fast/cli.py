@@ -63,6 +63,21 @@ def scores(config: Path, restart: bool, quiet: bool) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN/report.html: one page about a run of distillation, finished, killed or still going on.
+
+    RUN is the run's folder, the run_dir of Distiller. The page needs no other file and no network.
+    """
+    from .distill.report import report as write_report
+
+    try:
+        click.echo(write_report(run))
+    except (ImportError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
 def info() -> None:
     """Print versions, what was built, what is active, and why something is not."""
     from .info import format_info

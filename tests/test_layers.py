@@ -32,11 +32,13 @@ BELOW = {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
         "_files",
     },
-    "distill": {"influence", "per_sample", "ops", "_model", "_data", "_distributed", "_files", "_tree", "_warn"},
+    "distill": {
+        *("influence", "solvers", "per_sample", "ops", "_model", "_data", "_distributed", "_files", "_tree", "_warn"),
+    },
     "demo": {"influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "influence", "info", "__init__"},
-    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "_library", "_model", "_sharded"},
+    "cli": {"demo", "distill", "influence", "info", "__init__"},
+    "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {
     *("sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors", "jinja2", "PIL"),

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .._files import replaced
 from .state_tree import put_together, take_apart
 
@@ -104,20 +106,27 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         start = raw.read(9)
     try:
         with safe_open(path, "pt") as file:
-            structure = _structure(path, file.metadata() or {}, sorted(file.keys()))
+            names = set(file.keys())
+            structure = _structure(path, file.metadata() or {}, names)
+
+            def tensor(name: str) -> Tensor:
+                if name not in names:
+                    raise KeyError(name)
+                # Cloned: in memory of its own, aligned as any tensor's is, on which the last bit of a matrix product
+                # can depend; a mapped one would also hold on to a file that is replaced meanwhile.
+                return file.get_tensor(name).clone()
+
             try:
-                # Cloned: in memory of their own, aligned as any tensor's is, on which the last bit of a matrix product
-                # can depend; mapped ones would also hold on to a file that is replaced meanwhile.
-                return put_together(structure, lambda name: file.get_tensor(name).clone())
+                return put_together(structure, tensor)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged: its structure does not fit ({error})") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} {_what_it_is(start, path.stat().st_size, str(error))}") from error
 
 
-def _structure(path: Path, metadata: Mapping[str, str], names: list[str]) -> Any:
+def _structure(path: Path, metadata: Mapping[str, str], names: set[str]) -> Any:
     if metadata.get("kind") != KIND:
-        made_of = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
+        made_of = ", ".join([*map(repr, sorted(names)[:3]), *(["..."] if len(names) > 3 else [])])
         raise CheckpointError(
             f"{path} is a .safetensors file with {len(names)} tensors ({made_of}) that write_state has not made: "
             "expected a checkpoint of kdaif_fast"
@@ -129,7 +138,7 @@ def _structure(path: Path, metadata: Mapping[str, str], names: list[str]) -> Any
         )
     try:
         return json.loads(metadata["structure"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: its structure cannot be read ({error})") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,29 @@ from torch import Tensor, nn
 
 from .._distributed import Group, rank_in
 from .._model import DistillationLoss, Loss
+from .._warn import warn_user
 from .checkpoint import read_state, write_state
 from .clock import Clock
+from .epochs import replays_of, set_epoch
 from .evaluation import accuracy, describe_weights
-from .finite import FiniteWatch, sum_of
-from .indexed import IndexedBatch, as_batch, has_indices, require_indices, with_indices
+from .finite import FiniteWatch, LossNotFiniteError
+from .given_weights import given_weights
+from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
-from .optimising import OptimizerLike, SchedulerLike, make_optimizer, make_scheduler, take_step
+from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .progress import TrainingProgress
 from .random_states import random_state, set_random_state
 from .replay import EpochReplay
 from .rules import WeightRule, make_rule
-from .run_log import RunLog
-from .samples_file import SampleFacts, write_contents, write_samples
+from .run_folder import RunFolder
+from .samples_file import SampleFacts
+from .schedule import check_counts, check_schedule
+from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
-from .weighting import InfluenceWeighting, check_schedule
-
-CHECKPOINT = "checkpoint.safetensors"
+from .tally import Tally
+from .weight_book import check_averaging
+from .weighting import InfluenceWeighting
 
 
 class Distiller:
@@ -37,8 +42,8 @@ class Distiller:
 
     In every step the teacher learns from the labels and the student from labels and teacher. How much a sample counts
     follows from its influence phi on the validation loss, measured at the student: w = rule(phi), w < 1 for harmful
-    ones. The mechanism says which network the weights are for: "M1" the student, "M2" the teacher, "M3" both, "M4" both,
-    with the weights of the previous student combined; "online" is the same training without weights, and "vanilla" has
+    ones. The mechanism says which network the weights are for: "M1" the student, "M2" the teacher, "M3" both, "M4"
+    both, combined with those of the previous student; "online" is the same training without weights, and "vanilla" has
     a teacher that is fixed.
 
     Args:
@@ -51,7 +56,7 @@ class Distiller:
         teacher_loss: of the teacher, (outputs, targets) -> [n]; default cross-entropy.
         mechanism: a name in MECHANISMS, or a Mechanism.
         rule: how phi becomes a weight: a name in RULES, or any function (stats, phi, epoch) -> weights.
-        refresh: when phi is measured: "epoch", "step" (in the pass that trains, along a direction that is solved for once
+        refresh: when phi is measured: "epoch", "step" (in the pass that trains, along a direction that is solved for
             every `solve_every` epochs), or a number of steps. See InfluenceWeighting.
         weights: [N], given weights; then nothing is measured.
         warmup_epochs: epochs before the first measurement, with all weights 1.
@@ -76,7 +81,7 @@ class Distiller:
 
     Memory: both networks with optimizers, as any training has; what InfluenceWeighting needs.
 
-    Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705), figures 2 and 4; docs/method.md, section 10.
+    Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705), figures 2 and 4.
 
     Example:
         >>> import torch
@@ -142,9 +147,9 @@ class Distiller:
             raise ValueError(
                 f"autocast is {autocast}, expected None or torch.bfloat16 (float16 would need loss scaling)"
             )
-        for name, count in (("accumulate", accumulate), ("checkpoint_every", checkpoint_every or 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} is {count!r}, expected a whole number >= 1")
+        check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every, warmup_epochs=warmup_epochs)
+        check_counts(solve_samples=solve_samples, solve_every=solve_every, batch_size=batch_size)
+        check_averaging(combine, ema)
         self.teacher_optimizer = (
             None if teacher_optimizer is None else make_optimizer(teacher_optimizer, teacher, "teacher_optimizer")
         )
@@ -153,7 +158,7 @@ class Distiller:
         self.student_scheduler = make_scheduler(student_scheduler, self.student_optimizer, "student_scheduler")
         self.rule = make_rule(rule) if isinstance(rule, str) else rule
         self.refresh = check_schedule(refresh)
-        self._given = _given_weights(weights, self.mechanism, self._device)
+        self._given = given_weights(weights, self.mechanism, self._device)
         self._weighting_options: dict[str, Any] = {
             "loss": self.loss,
             "teacher": unwrapped(teacher),
@@ -173,21 +178,44 @@ class Distiller:
         }
         self.weighting: InfluenceWeighting | None = None
         """Measures and keeps the weights, once `fit` or `prepare` has been given data; None without any."""
-        self.run_dir = None if run_dir is None else Path(run_dir)
         self.checkpoint_every, self.clip_norm, self.accumulate = checkpoint_every, clip_norm, accumulate
-        self.progress, self.tensorboard, self.facts = progress, tensorboard, facts
-        self.history: list[dict[str, Any]] = []
-        """One record an epoch: losses, accuracies, weights, seconds by part."""
-        self.epoch = self.steps = self.teacher_epochs = 0
+        self.progress, self.facts = progress, facts
         self.clock = Clock()
-        self._autocast, self._group = autocast, group
+        self._folder = RunFolder(run_dir, rank_in(group), tensorboard=tensorboard)
+        self._tally = Tally()
+        self._autocast = autocast
         self._watch = FiniteWatch()
         self._joint: JointStep | None = None
         self._waiting = 0  # batches whose gradients wait for their step
-        self._sums: dict[str, Any] = {}
-        self._labels: Tensor | None = None
-        self._replay: EpochReplay | None = None
+        self._replays: dict[str, EpochReplay] = {}
         self._resumed: dict[str, Any] | None = None
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the run is kept."""
+        return self._folder.path
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One record an epoch: losses, accuracies, weights, seconds by part."""
+        return self._tally.history
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return self._tally.epoch
+
+    @property
+    def steps(self) -> int:
+        """How many batches both networks were trained on."""
+        return self._tally.steps
+
+    @property
+    def current_weights(self) -> Tensor | None:
+        """The weight of every sample, [N], as measured or given; None for mechanisms without any."""
+        if self._given is not None:
+            return self._given.weights
+        return None if self.weighting is None else self.weighting.weights
 
     def prepare(self, train_loader: Any, val_loader: Any) -> Any:
         """Look at the data before anything is trained, and make ready to measure; `fit` does this itself.
@@ -208,6 +236,10 @@ class Distiller:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
             if self.weighting is None:
                 self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
+        if self._given is not None and len(self._given.weights) != sample_count(train):
+            raise ValueError(
+                f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
+            )
         if val_loader is not None:
             first = next(iter([val_loader] if isinstance(val_loader, (tuple, Mapping)) else val_loader), None)
             if first is None:
@@ -221,14 +253,14 @@ class Distiller:
         """Train for so many epochs in all; what a run before has left in `run_dir` counts.
 
         Args:
-            train_loader: a DataLoader over a map-style data set, or a list of batches; indices are added if it has none.
+            train_loader: a DataLoader over a map-style data set, or a list of batches; indices are added.
                 Batches are (inputs, targets), or mappings with "labels" as of Hugging Face data.
-            val_loader: labelled batches of the same kind: what influence is on, and accuracy is told of. May be None for
-                mechanisms without measured weights.
+            val_loader: labelled batches of the same kind: what influence is on, and accuracy is told of. May be None
+                for mechanisms without measured weights.
             epochs: how many in all.
             test_loader: accuracy is told of it, too; nothing is ever decided by it.
-            resume: go on with the checkpoint in `run_dir`, if there is one: weights and parameters come out the same, bit
-                for bit, as without the interruption (same machine, same settings, same data). False starts over.
+            resume: go on with the checkpoint in `run_dir`, if there is one: weights and parameters come out the same,
+                bit for bit, as without the interruption (same machine, same settings, same data). False starts over.
 
         Returns:
             One record an epoch, `history`.
@@ -243,23 +275,28 @@ class Distiller:
             UserWarning: training and validation data have samples in common.
         """
         train = self.prepare(train_loader, val_loader)
-        if self.run_dir is not None and resume and self._checkpoint.exists():
+        self._replays = replays_of(train=train, val=val_loader)
+        if resume and self._folder.has_checkpoint:
             self.load(self._checkpoint)
-        log = RunLog(self.run_dir if rank_in(self._group) == 0 else None, tensorboard=self.tensorboard)
-        log.rewind(self.steps if resume else -1)
-        for model in (self.student, self.teacher) if self.mechanism.trains_teacher else (self.student,):
-            training(model)
-        if not self.mechanism.trains_teacher:
-            self.teacher.eval()
+            if self.epoch >= epochs:
+                warn_user(
+                    f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
+                    "epochs, or start over with resume=False or another run_dir",
+                    UserWarning,
+                )
+        self._set_modes()
         batches = len(train) if hasattr(train, "__len__") else None
+        self._folder.make()
+        self._folder.open_log(self.steps if resume else -1)
         try:
-            with TrainingProgress(epochs - self.epoch, batches, self.progress) as bar:
+            done = 0 if batches is None else self.steps
+            with TrainingProgress(epochs, batches, self.progress, done=done) as bar:
                 while self.epoch < epochs:
-                    self._train_epoch(train, log, bar)
-                    self._end_epoch(val_loader, test_loader, log, bar)
-            self._keep_contents(train)
+                    self._train_epoch(train, bar)
+                    self._end_epoch(val_loader, test_loader, bar)
+            self._folder.keep_contents(train, self.facts)
         finally:
-            log.close()
+            self._folder.close_log()
         return self.history
 
     def fit_teacher(self, train_loader: Any, epochs: int, *, resume: bool = True) -> None:
@@ -273,18 +310,19 @@ class Distiller:
         if self.teacher_optimizer is None:
             raise ValueError("teacher_optimizer is None, but fit_teacher trains the teacher")
         train = train_loader if has_indices(train_loader) else with_indices(train_loader)
-        if self.run_dir is not None and resume and self._checkpoint.exists():
+        self._replays = replays_of(train=train)
+        if resume and self._folder.has_checkpoint:
             self.load(self._checkpoint)
         training(self.teacher)
-        while self.teacher_epochs < epochs:
-            _set_epoch(train, self.teacher_epochs)
+        self._folder.make()
+        while self._tally.teacher_epochs < epochs:
+            set_epoch(train, self._tally.teacher_epochs)
             for given in train:
                 indexed = require_indices(given)
                 self._joint_step().teach(indexed, len(indexed.indices))
                 take_step(self.teacher_optimizer, self.clip_norm)
-            if self.teacher_scheduler is not None:
-                self.teacher_scheduler.step()
-            self.teacher_epochs += 1
+            end_epoch(self.teacher_scheduler)
+            self._tally.teacher_epochs += 1
             self._save_run()
 
     def step(self, batch: IndexedBatch | tuple[Tensor, Any]) -> StepResult:
@@ -308,9 +346,13 @@ class Distiller:
         if self.weighting is not None:
             with self.clock.part("influence"):
                 self.weighting.start_step(self.steps)
-        result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        try:
+            result = self._joint_step()(indexed, len(indexed.indices) * self.accumulate)
+        except LossNotFiniteError:
+            self._drop_gradients()
+            raise
         self._waiting += 1
-        self.steps += 1
+        self._tally.steps += 1
         if self._waiting == self.accumulate:
             self._take_steps()
         return result
@@ -323,7 +365,7 @@ class Distiller:
             return self.weighting.start_epoch(epoch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that training depends on into one .safetensors file; what was there stays until all is written.
+        """Write all that training depends on into one .safetensors file; the one before stays until that is done.
 
         Networks, optimizers, schedulers, random states, weights, phi and its history, the direction, epoch and step.
         """
@@ -341,20 +383,14 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """What `save` writes: tensors and plain values."""
-        parts = self._parts()
         return {
             "settings": self._settings(),
-            "parts": {name: part.state_dict() for name, part in parts.items()},
-            "epoch": self.epoch,
-            "steps": self.steps,
-            "teacher_epochs": self.teacher_epochs,
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "tally": self._tally.state_dict(),
             "waiting": self._waiting,
             "gradients": self._gradients() if self._waiting else None,
-            "sums": dict(self._sums),
-            "labels": self._labels,
             "seconds": dict(self.clock.seconds),
-            "history": self.history,
-            "replay": None if self._replay is None else self._replay.state(),
+            "replays": {name: replay.state() for name, replay in self._replays.items()},
             "random": random_state(),
         }
 
@@ -369,20 +405,31 @@ class Distiller:
             raise ValueError(f"the checkpoint has {sorted(state['parts'])}, but this run {sorted(parts)}")
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        self.epoch, self.steps, self.teacher_epochs = state["epoch"], state["steps"], state["teacher_epochs"]
-        self._waiting, self._sums = state["waiting"], dict(state["sums"])
+        self._tally.load_state_dict(state["tally"])
+        self._waiting = state["waiting"]
         self._set_gradients(state["gradients"])
-        self._labels = state["labels"]
         self.clock.seconds.update(state["seconds"])
-        self.history = list(state["history"])
-        self._resumed = {"replay": state["replay"], "random": state["random"]}
+        self._resumed = {"replays": state["replays"], "random": state["random"]}
         set_random_state(state["random"])
 
     @property
+    def _samples(self) -> int:
+        """N, where there are weights; else 0."""
+        if self._given is not None:
+            return len(self._given.weights)
+        return 0 if self.weighting is None else self.weighting.samples
+
+    @property
     def _checkpoint(self) -> Path:
-        assert self.run_dir is not None
-        rank = rank_in(self._group)
-        return self.run_dir / (CHECKPOINT if rank == 0 else f"rank{rank}-{CHECKPOINT}")
+        assert self._folder.checkpoint is not None
+        return self._folder.checkpoint
+
+    def _set_modes(self) -> None:
+        training(self.student)
+        if self.mechanism.trains_teacher:
+            training(self.teacher)
+        else:
+            self.teacher.eval()
 
     def _joint_step(self) -> JointStep:
         if self._joint is None:
@@ -400,6 +447,11 @@ class Distiller:
             )
         return self._joint
 
+    def _drop_gradients(self) -> None:
+        self._waiting = 0
+        for model in (self.student, self.teacher):
+            model.zero_grad()
+
     def _take_steps(self) -> None:
         self._waiting = 0
         with self.clock.part("student"):
@@ -408,18 +460,8 @@ class Distiller:
             with self.clock.part("teacher"):
                 take_step(self.teacher_optimizer, self.clip_norm)
 
-    def _train_epoch(self, train: Any, log: RunLog, bar: TrainingProgress) -> None:
-        resumed, self._resumed = self._resumed, None
-        _set_epoch(train, self.epoch)
-        self._replay = EpochReplay(train)
-        if resumed is not None and resumed["replay"] is not None:
-            batches = self._replay.resume(resumed["replay"], then=resumed["random"])
-        else:
-            self._sums = {}
-            self.clock.reset()
-            self._log_refresh(self.start_epoch(self.epoch), log)
-            batches = self._replay.start()
-        iterator = iter(batches)
+    def _train_epoch(self, train: Any, bar: TrainingProgress) -> None:
+        iterator = self._batches(train)
         while True:
             with self.clock.part("data"):
                 given = next(iterator, None)
@@ -428,23 +470,53 @@ class Distiller:
             refreshed = None if self.weighting is None else self.weighting.record
             result = self.step(given)
             if self.weighting is not None and self.weighting.record is not refreshed:
-                self._log_refresh(True, log)
-            self._add_up(result)
-            self._note_labels(given)
+                self._log_refresh()
+            self._tally.add(result)
+            if self.run_dir is not None and self._samples:
+                self._tally.note_labels(require_indices(given), self._samples)
             bar.step()
             if self.checkpoint_every is not None and self.steps % self.checkpoint_every == 0:
                 self._save_run()
         if self._waiting:
             self._take_steps()
 
-    def _end_epoch(self, val_loader: Any, test_loader: Any, log: RunLog, bar: TrainingProgress) -> None:
-        self._replay = None
-        for scheduler in (self.student_scheduler, self.teacher_scheduler if self.mechanism.trains_teacher else None):
-            if scheduler is not None:
-                scheduler.step()
+    def _batches(self, train: Any) -> Iterator[Any]:
+        """Those of the epoch that begins, or what is left of one that was interrupted."""
+        resumed, self._resumed = self._resumed, None
+        set_epoch(train, self.epoch)
+        replay = self._replays["train"]
+        if resumed is not None:
+            for name, state in resumed["replays"].items():
+                if name in self._replays:
+                    self._replays[name].restore(state)
+            state = resumed["replays"]["train"]
+            if state["start"] is not None:
+                return replay.resume(state, then=resumed["random"])
+            set_random_state(resumed["random"])
+        self._tally.new_epoch()
+        self.clock.reset()
+        if self.start_epoch(self.epoch):
+            self._log_refresh()
+        return replay.start()
+
+    def _end_epoch(self, val_loader: Any, test_loader: Any, bar: TrainingProgress) -> None:
+        end_epoch(self.student_scheduler)
+        if self.mechanism.trains_teacher:
+            end_epoch(self.teacher_scheduler)
         self._watch.flush()
-        self.epoch += 1
-        record = {"kind": "epoch", "epoch": self.epoch, "step": self.steps, **self._mean_losses()}
+        self._tally.epoch += 1
+        record = self._record(val_loader, test_loader)
+        self.history.append(record)
+        self._folder.log(record)
+        shown = ("accuracy", "mean_weight", "share_below_1", "seconds")
+        bar.show(**{name: record.get("student_accuracy" if name == "accuracy" else name) for name in shown})
+        phi = None if self.weighting is None else self.weighting.phi
+        self._folder.keep_samples(self.current_weights, phi, self._tally.labels, self.facts)
+        self._save_run()
+
+    def _record(self, val_loader: Any, test_loader: Any) -> dict[str, Any]:
+        """What is to be told of the epoch that has ended."""
+        record: dict[str, Any] = {"kind": "epoch", "epoch": self.epoch, "step": self.steps, **self._tally.mean_losses()}
         with self.clock.part("evaluation"):
             for prefix, data in (("", val_loader), ("test_", test_loader)):
                 if data is not None:
@@ -452,75 +524,17 @@ class Distiller:
                     record[f"{prefix}teacher_accuracy"] = accuracy(self.teacher, data)
         weights = self.current_weights
         if weights is not None:
-            record |= describe_weights(weights, None if self.facts is None else self.facts.known_flips(self._labels))
-        record["seconds"] = dict(self.clock.seconds)
-        self.history.append(record)
-        log.write(record)
-        bar.show(
-            accuracy=record.get("student_accuracy"),
-            mean_weight=record.get("mean_weight"),
-            share_below_1=record.get("share_below_1"),
-            seconds=record["seconds"],
-        )
-        self._keep_samples()
-        self._save_run()
+            flipped = None if self.facts is None else self.facts.known_flips(self._tally.labels)
+            record |= describe_weights(weights, flipped)
+        return {**record, "seconds": dict(self.clock.seconds)}
 
-    @property
-    def current_weights(self) -> Tensor | None:
-        """The weight of every sample, [N], as measured or given; None for mechanisms without any."""
-        if self._given is not None:
-            return self._given.weights
-        return None if self.weighting is None else self.weighting.weights
-
-    def _log_refresh(self, measured: bool, log: RunLog) -> None:
-        if measured and self.weighting is not None:
-            log.write({"kind": "refresh", "epoch": self.epoch, "step": self.steps, **self.weighting.record})
-
-    def _add_up(self, result: StepResult) -> None:
-        for name, losses in (("student_loss", result.student_losses), ("teacher_loss", result.teacher_losses)):
-            if losses is not None:
-                total = self._sums.get(name)
-                self._sums[name] = sum_of(losses) if total is None else total + sum_of(losses)
-        self._sums["samples"] = self._sums.get("samples", 0) + len(result.student_losses)
-
-    def _note_labels(self, given: Any) -> None:
-        """Remember the labels, where they are classes on the CPU."""
-        indexed = require_indices(given)
-        targets = as_batch(indexed.batch).targets
-        if self.run_dir is None or not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
-            return
-        weights = self.current_weights
-        if weights is None or targets.device.type != "cpu":
-            return
-        if self._labels is None:
-            self._labels = torch.full((len(weights),), -1)
-        self._labels[indexed.indices] = targets.long()
-
-    def _mean_losses(self) -> dict[str, float | None]:
-        samples = self._sums.get("samples", 0)
-        names = ("student_loss", "teacher_loss")
-        return {name: float(self._sums[name]) / samples if name in self._sums else None for name in names}
+    def _log_refresh(self) -> None:
+        if self.weighting is not None:
+            self._folder.log({"kind": "refresh", "epoch": self.epoch, "step": self.steps, **self.weighting.record})
 
     def _save_run(self) -> None:
         if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             self.save(self._checkpoint)
-
-    def _keep_samples(self) -> None:
-        """Each sample's weight, phi and label, for the report."""
-        weights = self.current_weights
-        if self.run_dir is None or weights is None or rank_in(self._group):
-            return
-        phi = torch.zeros_like(weights) if self.weighting is None else self.weighting.phi
-        write_samples(self.run_dir, weights, phi, self._labels, self.facts)
-
-    def _keep_contents(self, train: Any) -> None:
-        """What the most harmful and helpful samples look like, drawn from the data set."""
-        if self.run_dir is None or self.current_weights is None or rank_in(self._group):
-            return
-        before = random_state()
-        write_contents(self.run_dir, getattr(getattr(train, "dataset", None), "dataset", None), self.facts)
-        set_random_state(before)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own, by name."""
@@ -536,14 +550,20 @@ class Distiller:
         return {name: part for name, part in found.items() if part is not None}
 
     def _settings(self) -> dict[str, Any]:
+        """What a checkpoint has to agree in with the run that goes on with it."""
+        settings: dict[str, Any] = {
+            "mechanism": self.mechanism.name,
+            "loss": told(self.loss),
+            "teacher_loss": told(self.teacher_loss),
+            "student_optimizer": optimizer_told(self.student_optimizer),
+            "teacher_optimizer": optimizer_told(self.teacher_optimizer),
+            "accumulate": self.accumulate,
+        }
+        if not self.mechanism.weighs or self._given is not None:
+            return settings
         options = self._weighting_options
         kept = ("refresh", "warmup_epochs", "ema", "combine", "normalize", "solve_samples", "solve_every", "seed")
-        return {
-            "mechanism": self.mechanism.name,
-            "rule": repr(self.rule) if self.mechanism.weighs else None,
-            "accumulate": self.accumulate,
-            **{name: options[name] for name in kept},
-        }
+        return {**settings, "rule": told(self.rule), **{name: options[name] for name in kept}}
 
     def _gradients(self) -> dict[str, list[Tensor | None]]:
         models = {"student": self.student, "teacher": self.teacher}
@@ -554,34 +574,3 @@ class Distiller:
             for at, p in enumerate(model.parameters()):
                 grad = None if gradients is None else gradients[name][at]
                 p.grad = None if grad is None else grad.to(p)
-
-
-class _Given:
-    """Weights that were given, read as measured ones are."""
-
-    def __init__(self, weights: Tensor, device: torch.device) -> None:
-        self.weights = weights.detach().to(device)
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        return self.weights[indices.to(self.weights.device)]
-
-
-def _given_weights(weights: Any, mechanism: Mechanism, device: torch.device) -> _Given | None:
-    if weights is None:
-        return None
-    if not mechanism.weighs:
-        raise ValueError(f"weights are given, but mechanism {mechanism.name!r} uses none")
-    if not isinstance(weights, Tensor) or weights.dim() != 1 or not weights.is_floating_point():
-        form = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"weights are {form}, expected a floating-point tensor [N]")
-    if not bool(weights.isfinite().all()):
-        raise ValueError(f"weights are not finite at {(~weights.isfinite()).nonzero()[:10, 0].tolist()}")
-    return _Given(weights, device)
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell samplers that shuffle by epoch, as DistributedSampler does."""
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        set_epoch: Callable[[int], Any] | None = getattr(sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)

@@ -75,6 +75,6 @@ def area_under_roc(score: Tensor, positive: Tensor) -> float:
     negatives = len(positive) - positives
     if not positives or not negatives:
         return float("nan")
-    values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
     return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -23,7 +23,7 @@ class LossNotFiniteError(RuntimeError):
 
 
 class FiniteWatch:
-    """Looks at every sample's loss: at once on the CPU, on a GPU every `every` steps, for looking means waiting there."""
+    """Looks at every sample's loss: at once on the CPU; on a GPU, where looking means waiting, every `every` steps."""
 
     def __init__(self, every: int = 50) -> None:
         self._every = every

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler
 
 from .._data import size_of
 from .._model import Batch, unpack_batch
@@ -20,7 +20,7 @@ LABELS = ("labels", "label")
 class IndexedSample(NamedTuple):
     """A sample of a data set, and its place there."""
 
-    index: int
+    place: int
     sample: Any
 
 
@@ -58,7 +58,7 @@ class IndexedCollate:
 
     def __call__(self, samples: Sequence[IndexedSample]) -> IndexedBatch:
         """From a list of IndexedSample."""
-        indices = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+        indices = torch.tensor([sample.place for sample in samples], dtype=torch.int64)
         return IndexedBatch(indices, self.collate([sample.sample for sample in samples]))
 
 
@@ -66,7 +66,7 @@ def with_indices(data: Any) -> Any:
     """The same data, with each sample's index in the data set beside it.
 
     Args:
-        data: a map-style data set, whose items become `IndexedSample(index, sample)`; or a DataLoader over one, or a
+        data: a map-style data set, whose items become `IndexedSample(place, sample)`; or a DataLoader over one, or a
             list of batches, which then give `IndexedBatch(indices, batch)`. What has indices already is returned as it
             is.
 
@@ -96,7 +96,7 @@ def with_indices(data: Any) -> Any:
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Tensor)):
         return IndexedDataset(data)
     raise TypeError(
-        f"data is a {type(data).__name__}, whose samples have no index; expected a map-style data set (with __getitem__ "
+        f"data is a {type(data).__name__}, whose samples have no index; expected a map-style data set (__getitem__ "
         "and __len__), a DataLoader over one, or a list of batches"
     )
 
@@ -147,13 +147,18 @@ def sample_count(data: Any) -> int:
 
 
 def visited(data: Any) -> Tensor:
-    """The places that a loader with indices comes to, ascending: all, but for a SubsetRandomSampler."""
+    """The places that a loader with indices comes to, ascending: all, unless a sampler has a share of its own.
+
+    Of a DistributedSampler it is a share of this rank's that no other rank has, and that stays the same.
+    """
     if isinstance(data, (list, tuple)):
         return torch.cat([batch.indices for batch in data]).unique()
     sampler = getattr(data, "sampler", None)
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(list(sampler.indices), dtype=torch.int64).unique()
+    if isinstance(sampler, DistributedSampler):
+        return torch.arange(sampler.rank, sample_count(data), sampler.num_replicas)
     return torch.arange(sample_count(data))
 
 
@@ -203,7 +208,7 @@ def _indexed_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"the loader's data set is a {type(dataset).__name__}, an iterable one, whose samples have no index by which "
+            f"the loader's data set is a {type(dataset).__name__}, an iterable one: no sample has an index by which "
             "weights could be kept; expected a map-style data set"
         )
     if type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_sampler is None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..ops import row_divergence, row_stats
 from .rules import SelectFraction
 
+ROUNDING = 1e-5  # how far a mean of shares in float32 may be outside [0, 1]
+
 
 @dataclass(frozen=True)
 class LabelRevisionLoss:
@@ -99,10 +101,11 @@ class LabelRevisionLoss:
             raise ValueError(
                 f"LabelRevisionLoss: weights is {form}, expected floating-point {tuple(outputs.shape[:-1])}"
             )
-        is_outside = (weights < 0) | (weights > 1)
+        is_outside = (weights < -ROUNDING) | (weights > 1 + ROUNDING)
         if weights.device.type == "cpu" and not torch.compiler.is_compiling():
             _require_shares(weights, is_outside)
-        share = weights.to(torch.promote_types(outputs.dtype, torch.float32)).masked_fill(is_outside, math.nan)
+        share = weights.to(torch.promote_types(outputs.dtype, torch.float32)).clamp(0, 1)
+        share = share.masked_fill(is_outside, math.nan)
         ce_weight = 1.0 if self.ce_weight == 1 else share * self.ce_weight + (1 - share)
         return self._losses(outputs, targets, teacher_logits, ce_weight, share * self.kd_weight)
 
@@ -136,7 +139,7 @@ class LabelRevisionLoss:
         """The revised target r [N, V], to look at: the loss does without. float32 at least."""
         beta = self.teacher_share(targets, teacher_logits)[..., None]
         teacher = (teacher_logits.detach().to(beta.dtype) / self.temperature).softmax(-1)
-        return beta * teacher + (1 - beta) * torch.nn.functional.one_hot(targets, teacher.shape[-1])
+        return beta * teacher + (1 - beta) * _one_hot(targets, teacher.shape[-1])
 
 
 def label_revision(
@@ -185,6 +188,11 @@ def label_revision(
         "ema": 0.0,
         **others,
     }
+
+
+def _one_hot(targets: Tensor, classes: int) -> Tensor:
+    """Unlike torch's, which looks at the values."""
+    return targets[..., None] == torch.arange(classes, device=targets.device)
 
 
 def _number(name: str, value: Any) -> float:

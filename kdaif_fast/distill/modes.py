@@ -40,7 +40,7 @@ def training(model: nn.Module) -> None:
 
 
 def is_same_in_both_modes(model: nn.Module) -> bool:
-    """Whether the model certainly computes the same in training and evaluation mode: plain layers, one after another."""
+    """Whether the model certainly computes the same in both modes: plain layers, one after another."""
     modules = [module for module in model.modules() if not isinstance(module, nn.Sequential)]
     return all(type(module) in _SAME_IN_BOTH_MODES for module in modules)
 

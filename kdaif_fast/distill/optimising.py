@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -51,6 +52,16 @@ def make_scheduler(scheduler: Any, optimizer: Optimizer | None, name: str) -> LR
     if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
         raise TypeError(f"{name} made a {type(made).__name__}, expected a torch.optim.lr_scheduler.LRScheduler")
     return made
+
+
+def end_epoch(scheduler: LRScheduler | None) -> None:
+    """One step of the scheduler, if there is one."""
+    if scheduler is None:
+        return
+    with warnings.catch_warnings():
+        # The optimizer's steps may have been taken by the process that this one goes on for.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step", category=UserWarning)
+        scheduler.step()
 
 
 def take_step(optimizer: Optimizer, clip_norm: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch.utils.data import DataLoader
 
 from .random_states import random_state, set_random_state
 
-_PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "transform", "transforms", "collate_fn")
+_PARTS = ("sampler", "batch_sampler", "dataset", "transform", "collate_fn")
 """Attributes of a loader, and of these in turn, that may have a random generator of their own, or a state_dict."""
+
+_SEVERAL = ("datasets", "transforms")
+"""Those that are lists of such."""
 
 
 class EpochReplay:
@@ -29,13 +33,18 @@ class EpochReplay:
 
     Noted are the global generators of torch, numpy and Python, and those that the loader, its samplers, its data set,
     its transform or its collate_fn have as attributes (torch.Generator, numpy's Generator and RandomState,
-    random.Random). A sampler with state_dict and load_state_dict is asked for its state at the start of the epoch; a
-    loader that has them (torchdata's StatefulDataLoader) for its place, and then nothing is drawn and dropped.
+    random.Random). A sampler with state_dict and load_state_dict is asked for its state at the start of the epoch. A
+    loader with them that is no DataLoader is asked for its place, and then nothing is drawn and dropped.
 
-    What cannot be replayed: a sampler that draws from the global generators after it has given its first index, or a
-    loader that draws samples ahead of the step in this process; a data set that keeps a generator where it is not
-    found; other numbers of workers than before. Workers that are persistent are started anew in every epoch: their
-    random states go on from one epoch to the next, and nobody can read them.
+    Workers that are persistent are started anew in every epoch: their random states go on from one epoch to the next,
+    and nobody can read them.
+
+    What cannot be replayed: a sampler that draws from the global generators after it has given its first index; a
+    loader that draws samples ahead of the step in this process, or with in_order=False; a data set that keeps a
+    generator where it is not found; augmentation with another number of workers than before. And where something else
+    goes through the same loader in the middle of an epoch: a sampler with a state_dict, one that draws from a generator
+    of its own as it goes, and persistent workers (which draw a seed when they are started, and none when they are used
+    again).
 
     Args:
         loader: something that can be iterated again and again: a DataLoader, a list of batches. One process of
@@ -63,8 +72,8 @@ class EpochReplay:
                 "DataLoader or a list of batches"
             )
         self.loader = loader
+        self.given = 0  # batches of this epoch, with those before a resume; 0 between epochs
         self._start: dict[str, Any] | None = None  # None between epochs
-        self._given = 0
         self._first: str | None = None
 
     def start(self) -> Iterator[Any]:
@@ -72,21 +81,22 @@ class EpochReplay:
         self._start = {
             "random": random_state(),
             "generators": _states(self.loader),
-            "samplers": {name: part.state_dict() for name, part in _stateful_samplers(self.loader)},
+            "samplers": _sampler_states(self.loader),
             "epochs": _epochs(self.loader),
         }
-        self._given, self._first = 0, None
+        self.given, self._first = 0, None
         return self._give(_iterator(self.loader))
 
     def state(self) -> dict[str, Any]:
         """Where it is, as a tree for write_state: to be asked for after a batch was worked on, before the next."""
         return {
             "start": self._start,
-            "given": self._given,
+            "given": self.given,
             "first_batch": self._first,
             "batches": _length(self.loader),
             "now": _states(self.loader),
-            "loader": self.loader.state_dict() if _is_stateful(self.loader) else None,  # type: ignore[attr-defined]
+            "samplers": _sampler_states(self.loader) if self._start is None else None,
+            "loader": self.loader.state_dict() if _finds_its_place(self.loader) else None,  # type: ignore[attr-defined]
         }
 
     def restore(self, state: Mapping[str, Any]) -> bool:
@@ -98,10 +108,12 @@ class EpochReplay:
         Raises ValueError if the loader has others than it had.
         """
         _set_states(self.loader, state["now"])
-        in_an_epoch = state["start"] is not None
-        if state["loader"] is not None and not in_an_epoch:
+        if state["start"] is not None:
+            return True
+        _set_sampler_states(self.loader, state["samplers"])
+        if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
-        return in_an_epoch
+        return False
 
     def resume(self, state: Mapping[str, Any], then: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """The batches that were still to come when `state` was noted; a new epoch, if none had been begun.
@@ -117,38 +129,46 @@ class EpochReplay:
         Raises:
             ValueError: the loader is not equal to the one that was checkpointed: another number of batches, another
                 epoch of its sampler, other generators, or another first batch (its whole numbers are compared: indices,
-                labels). Nothing has been trained on it then.
+                labels). The global generators are as before then.
         """
         if state["start"] is None:
             self.restore(state)
             if then is not None:
                 set_random_state(then)
             return self.start()
-        start, given = state["start"], state["given"]
+        before = random_state()
+        try:
+            batches = self._replayed(state)
+        except BaseException:
+            set_random_state(before)
+            raise
+        if then is not None:
+            set_random_state(then)
+        self._start, self.given, self._first = state["start"], state["given"], state["first_batch"]
+        return self._give(batches)
+
+    def _replayed(self, state: Mapping[str, Any]) -> Iterator[Any]:
+        """The loader's iterator, of which the batches that had been given out are drawn."""
         self._require_equal(state)
+        start = state["start"]
         set_random_state(start["random"])
         _set_states(self.loader, start["generators"])
-        for name, part in _stateful_samplers(self.loader):
-            if name in start["samplers"]:
-                part.load_state_dict(start["samplers"][name])
+        _set_sampler_states(self.loader, start["samplers"])
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         batches = _iterator(self.loader)
         if state["loader"] is None:
-            self._drop(batches, given, state["first_batch"])
+            self._drop(batches, state["given"], state["first_batch"])
         _set_states(self.loader, state["now"])
-        if then is not None:
-            set_random_state(then)
-        self._start, self._given, self._first = start, given, state["first_batch"]
-        return self._give(batches)
+        return batches
 
     def _give(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self._given += 1
-            if self._given == 1:
+            self.given += 1
+            if self.given == 1:
                 self._first = _look_at(batch)
             yield batch
-        self._start, self._given, self._first = None, 0, None
+        self._start, self.given, self._first = None, 0, None
 
     def _drop(self, batches: Iterator[Any], given: int, first: str | None) -> None:
         for number in range(given):
@@ -171,7 +191,7 @@ class EpochReplay:
             raise ValueError(
                 f"loader has {batches} batches, but had {state['batches']} in the run that was checkpointed"
             )
-        if (state["loader"] is None) == _is_stateful(self.loader):
+        if (state["loader"] is None) == _finds_its_place(self.loader):
             raise ValueError("loader has a state_dict in only one of this run and the one that was checkpointed")
         for name, epoch in _epochs(self.loader).items():
             before = state["start"]["epochs"].get(name, epoch)
@@ -204,6 +224,12 @@ def _is_stateful(part: Any) -> bool:
     return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
 
 
+def _finds_its_place(loader: Any) -> bool:
+    # torchdata's StatefulDataLoader is a DataLoader, and replayed as one: its own state brings back the order of the
+    # samples, but not the random states of its workers.
+    return _is_stateful(loader) and not isinstance(loader, DataLoader)
+
+
 def _parts(loader: Any) -> dict[str, Any]:
     """The loader and what it is made of, each once, by names such as "loader.dataset.transform"."""
     found: dict[str, Any] = {}
@@ -212,22 +238,35 @@ def _parts(loader: Any) -> dict[str, Any]:
         if any(part is other for other in found.values()):
             continue
         found[path] = part
-        inner: dict[Any, Any] = {name: _attributes(part).get(name) for name in _PARTS}
-        if isinstance(part, (list, tuple)) and path != "loader":  # several data sets or transforms; batches are many
-            inner = dict(enumerate(part))
-        todo += [(f"{path}.{name}", value) for name, value in inner.items() if value is not None]
+        attributes = _attributes(part)
+        for name in _PARTS:
+            if attributes.get(name) is not None:
+                todo.append((f"{path}.{name}", attributes[name]))
+        for name in _SEVERAL:
+            if isinstance(attributes.get(name), (list, tuple)):
+                todo += [(f"{path}.{name}.{i}", item) for i, item in enumerate(attributes[name])]
     return found
 
 
 def _attributes(part: Any) -> Mapping[str, Any]:
-    return getattr(getattr(part, "__self__", part), "__dict__", {})  # of a method: those of its object
+    return getattr(part.__self__ if isinstance(part, types.MethodType) else part, "__dict__", {})
 
 
 def _stateful_samplers(loader: Any) -> list[tuple[str, Any]]:
-    if _is_stateful(loader):
+    if _finds_its_place(loader):
         return []  # which takes care of them
     samplers = [(name, part) for name, part in _parts(loader).items() if name.endswith("sampler")]
     return [(name, part) for name, part in samplers if _is_stateful(part)]
+
+
+def _sampler_states(loader: Any) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in _stateful_samplers(loader)}
+
+
+def _set_sampler_states(loader: Any, states: Mapping[str, Any]) -> None:
+    for name, part in _stateful_samplers(loader):
+        if name in states:
+            part.load_state_dict(states[name])
 
 
 def _epochs(loader: Any) -> dict[str, int]:
@@ -237,12 +276,15 @@ def _epochs(loader: Any) -> dict[str, int]:
     return {name: epoch for name, epoch in told.items() if isinstance(epoch, int)}
 
 
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
 def _generators(loader: Any) -> dict[str, Any]:
     """The random generators that the loader and its parts hold, by the names of the attributes."""
     found = {}
     for path, part in _parts(loader).items():
         for name, value in _attributes(part).items():
-            if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):  # which has no state
                 found[f"{path}.{name}"] = value
     return found
 
@@ -280,12 +322,12 @@ def _set_states(loader: Any, states: Mapping[str, Any]) -> None:
 
 
 def _look_at(batch: Any) -> str:
-    """A hash of a batch's whole numbers on the CPU: others mean other samples, and no rounding changes them."""
+    """A hash of a batch's whole numbers on the CPU: others mean other samples. Not of bytes: pixels may be rounded."""
     seen = hashlib.blake2b(digest_size=16)
     for leaf in tree_leaves(batch):
         if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or leaf.layout != torch.strided:
             continue
-        if not leaf.is_floating_point() and not leaf.is_complex():
+        if not leaf.is_floating_point() and not leaf.is_complex() and leaf.dtype != torch.uint8:
             seen.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             seen.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return seen.hexdigest()

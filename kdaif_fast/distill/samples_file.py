@@ -34,7 +34,7 @@ class SampleFacts:
         image_shape: how to see samples that are flat vectors: [H, W], [3, H, W] or [H, W, 3].
 
     Raises:
-        TypeError, ValueError: flips that are not bool [N], labels that are no whole numbers, facts of different lengths.
+        TypeError, ValueError: flips that are not bool, labels that are no whole numbers, facts that differ in length.
 
     Example:
         >>> facts = SampleFacts(groups=["news", "news", "web"], class_names=["no", "yes"])

@@ -161,7 +161,9 @@ class _Whole:
             return [self.value(item) for item in node]
         if not isinstance(node, dict):
             return node
-        kind, content = next(iter(node.items()))
+        kind: str
+        content: Any
+        kind, content = next(iter(node.items()), ("", None))
         if kind == "tensor":
             return self._tensor(node)
         if kind in _LISTS:

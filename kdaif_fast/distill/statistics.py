@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -113,8 +114,9 @@ class SampleStatistics:
 
     @property
     def limits(self) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest score of the reference, NaN if one of them is; tensors of no dimensions."""
-        return self._of_reference("limits", torch.aminmax)
+        """The lowest and the highest score of the reference, NaN if one is NaN or there are none; of no dimensions."""
+        nothing = (self.reference.new_full((), math.nan),) * 2
+        return self._of_reference("limits", torch.aminmax) if len(self.reference) else nothing
 
     @property
     def order(self) -> Order:

@@ -35,7 +35,7 @@ class JointStep:
     """Adds the gradients of one batch to both networks.
 
     The teacher learns from the labels, and the student from labels and teacher, each with the samples' weights if the
-    mechanism says so. What the student hears of the teacher is its evaluation mode (no dropout, running statistics), and
+    mechanism says so. What the student hears of the teacher is its evaluation mode (no dropout), and
     nothing of the student's loss reaches the teacher.
     """
 
@@ -108,10 +108,10 @@ class JointStep:
         weighting = self._weights
         if isinstance(weighting, InfluenceWeighting) and weighting.is_one_pass:
             step = weighting.step(batch, indexed.indices, divisor=divisor, weighs=weighs)
-            weights = step.weights if weighs else weighting(indexed.indices)
+            used: Tensor = step.weights if weighs else weighting(indexed.indices)
             self._watch.look("the student's loss", step.losses, indexed.indices)
-            self._watch.look("the weight", weights, indexed.indices)
-            return step.losses, weights, step.phi
+            self._watch.look("the weight", used, indexed.indices)
+            return step.losses, used, step.phi
         weights = None if weighting is None else weighting(indexed.indices)
         outputs = call_model(self._student, batch.inputs, "batch", updates_buffers=True)
         losses = sample_losses(self._loss, outputs, batch, "batch")
@@ -138,7 +138,7 @@ def require_labels(indexed: IndexedBatch) -> None:
         return
     bad = indexed.indices.cpu()[targets < 0].tolist()
     raise ValueError(
-        f"the samples at the indices {', '.join(map(str, bad[:10]))} have the label {int(targets.min())}, which is no class. "
+        f"the samples at the indices {', '.join(map(str, bad[:10]))} have the label {int(targets.min())}, no class. "
         "Samples without a label are for SemiSupervisedDistiller, which gives them pseudo-labels"
     )
 
@@ -155,6 +155,6 @@ def require_same_classes(teacher: nn.Module, student: nn.Module, given: Any, dev
             raise TypeError(f"{name} returned a {type(outputs).__name__}, expected a tensor or something with logits")
     if first.shape != second.shape:
         raise ValueError(
-            f"teacher gives outputs of shape {tuple(first.shape)} and student {tuple(second.shape)} for the same batch; "
+            f"teacher gives outputs {tuple(first.shape)} and student {tuple(second.shape)} for the same batch; "
             "expected the same number of classes"
         )

@@ -10,6 +10,14 @@ from torch import Tensor
 COMBINATIONS = ("mean", "product", "ema")
 
 
+def check_averaging(combine: Any, ema: Any) -> None:
+    """ValueError for a combination or a share that is none."""
+    if combine is not None and combine not in COMBINATIONS:
+        raise ValueError(f"combine is {combine!r}, expected None or one of {', '.join(COMBINATIONS)}")
+    if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+        raise ValueError(f"ema is {ema!r}, expected a number in [0, 1): the share that old weights keep")
+
+
 class WeightBook:
     """Weights of N samples, 1 until they are measured, kept on one device.
 
@@ -35,16 +43,14 @@ class WeightBook:
         ema: float = 0.0,
         normalize: bool = False,
     ) -> None:
-        if combine is not None and combine not in COMBINATIONS:
-            raise ValueError(f"combine is {combine!r}, expected None or one of {', '.join(COMBINATIONS)}")
-        if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
-            raise ValueError(f"ema is {ema!r}, expected a number in [0, 1): the share that old weights keep")
+        check_averaging(combine, ema)
         self.combine, self.ema, self.normalize = combine, float(ema), normalize
         self._measured = torch.ones(samples, device=device)
         self._combined = torch.ones(samples, device=device)
         self._weights = torch.ones(samples, device=device)
         self._seen = torch.zeros(samples, dtype=torch.bool, device=device)
         self._factor = torch.ones((), device=device)
+        self._touched = torch.zeros(samples, dtype=torch.bool, device=device)
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -69,6 +75,7 @@ class WeightBook:
         self._combined[indices] = now
         self._weights[indices] = averaged
         self._seen[indices] = True
+        self._touched[indices] = True
         return averaged * self._factor if self.normalize else averaged
 
     def settle(self) -> None:
@@ -77,6 +84,20 @@ class WeightBook:
         mean = (self._weights * seen).sum() / seen.sum()
         # Weights that are all 0, or none measured: there is nothing to divide by.
         self._factor = torch.where(mean > 0, 1 / mean, torch.ones_like(mean))
+
+    def take_changes(self) -> dict[str, Tensor]:
+        """What was recorded since this was last called, on the CPU: for the books of other processes."""
+        indices = self._touched.nonzero()[:, 0]
+        self._touched.zero_()
+        changes = {name: getattr(self, f"_{name}")[indices].cpu() for name in ("measured", "combined", "weights")}
+        return {"indices": indices.cpu(), **changes}
+
+    def merge(self, changes: dict[str, Tensor]) -> None:
+        """Take over what another process has recorded."""
+        indices = changes["indices"].to(self.device)
+        for name in ("measured", "combined", "weights"):
+            getattr(self, f"_{name}")[indices] = changes[name].to(self.device)
+        self._seen[indices] = True
 
     def _combine(self, indices: Tensor, measured: Tensor) -> Tensor:
         if self.combine is None:

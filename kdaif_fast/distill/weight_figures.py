@@ -19,10 +19,10 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
         flipped: bool [N]: which samples' labels are known to be wrong.
 
     Returns:
-        "mean_weight", "share_below_1", "weight_quantiles" (those of QUANTILES), "weight_histogram": {"edges", "all"}
-        and, with flips, "clean" and "flipped": counts of the weights from each edge to the next. If there are samples
-        of both kinds also "flip_auc" (the chance that a flipped sample has a lower weight than a clean one, ties
-        counted half), "flipped_below_1" and "clean_below_1" (shares). All are numbers of Python.
+        "mean_weight", "share_below_1"; "weight_quantiles": {"all"} and, with flips, "clean" and "flipped", those of
+        QUANTILES; "weight_histogram": the same with counts of the weights from each of its "edges" to the next. If
+        there are samples of both kinds also "flip_auc" (the chance that a flipped sample has a lower weight than a
+        clean one, ties counted half), "flipped_below_1" and "clean_below_1" (shares). All are numbers of Python.
 
     Raises:
         ValueError: weights that are not [N] or none, or flips that are not bool [N].
@@ -44,7 +44,7 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
     figures: dict[str, Any] = {
         "mean_weight": float(weights.mean()),
         "share_below_1": float(below.mean()),
-        "weight_quantiles": _quantiles(weights),
+        "weight_quantiles": {"all": _quantiles(weights)},
         "weight_histogram": {"edges": edges.tolist(), "all": _counts(finite, edges)},
     }
     if flipped is None:
@@ -54,6 +54,8 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
     flipped = flipped.cpu()
     for name, group in (("clean", ~flipped), ("flipped", flipped)):
         figures["weight_histogram"][name] = _counts(weights[group & weights.isfinite()], edges)
+        if group.any():
+            figures["weight_quantiles"][name] = _quantiles(weights[group])
     if flipped.any() and not flipped.all():
         figures["flip_auc"] = chance_of_less(weights[flipped], weights[~flipped])
         figures["flipped_below_1"] = float(below[flipped].mean())

@@ -9,37 +9,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .._distributed import Group, gather_over_ranks
-from .._model import Batch, Loss, Params, require_no_batch_statistics, run_model, sample_losses
+from .._model import Batch, Loss, Params, run_model, sample_losses
 from .._warn import warn_user
 from ..influence import influence_scores
 from ..ops import RowStats, row_stats
 from ..per_sample import WeightedStep, weighted_step
 from ..solvers import ConvergenceWarning, Solution
-from .indexed import (
-    IndexedBatch,
-    IndexedCollate,
-    IndexedDataset,
-    in_order,
-    sample_count,
-    shared_samples,
-    visited,
-    with_indices,
-)
+from .finite import LossNotFiniteError
+from .indexed import in_order, sample_count, shared_samples, visited
+from .measured_data import default_batch_size, training_data, validation_data
 from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
+from .schedule import check_counts, check_schedule, require_one_pass
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
 
 INFLUENCE: Mapping[str, Any] = {"tol": 3e-2, "max_iter": 50}
 """A rough solve, preconditioned with K-FAC where that pays: what a ranking needs (docs/method.md, section 9)."""
-
-SMALL_MODEL, LARGE_BATCH = 200_000, 1024
-"""Up to so many parameters, the passes of a solve take batches of so many samples."""
 
 POOR_RESIDUAL = 0.5
 """A relative residual above which a direction is worth a warning."""
@@ -58,7 +48,7 @@ class InfluenceWeighting:
     Args:
         model: the student. It may be wrapped (torch.compile, DistributedDataParallel).
         train: the training data: a DataLoader over a map-style data set (shuffled or not), a list of batches, or a data
-            set; see `with_indices`. For measuring it is gone through in order; random augmentation is as it comes, drawn
+            set; see `with_indices`. For measuring it is gone through in order; random augmentation is drawn
             anew for each measurement.
         val: a loader of labelled batches, or one batch: what the model shall become good at. Never the test data.
         loss: (outputs, targets[, teacher_logits]) -> [n], as for influence_scores: the loss that the model is trained
@@ -89,7 +79,7 @@ class InfluenceWeighting:
     Warns:
         UserWarning: training and validation data have samples in common; a solve that came nowhere near its solution.
 
-    Memory: four numbers a sample, and phi of every measurement, on the CPU (`measurements`); the samples of a solve with
+    Memory: four numbers a sample, and phi of every measurement, on the CPU (`measurements`); samples of a solve with
         the teacher's logits; what influence_scores and weighted_step need.
 
     Source: "Knowledge Distillation with Adapted Weight" (arXiv 2501.02705).
@@ -135,14 +125,9 @@ class InfluenceWeighting:
         seed: int = 0,
     ) -> None:
         self.refresh_schedule = check_schedule(refresh)
-        for name, value, least in (
-            ("warmup_epochs", warmup_epochs, 0),
-            ("solve_every", solve_every, 1),
-            ("solve_samples", solve_samples, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}, expected a whole number >= {least}")
+        check_counts(
+            warmup_epochs=warmup_epochs, solve_every=solve_every, solve_samples=solve_samples, batch_size=batch_size
+        )
         self.model, self.teacher, self.loss = model, teacher, loss
         self._plain = unwrapped(model)
         self._device = device_of(self._plain)
@@ -155,13 +140,13 @@ class InfluenceWeighting:
                 f"rule is a {type(rule).__name__}, expected a name or a function (stats, phi, epoch) -> weights"
             )
         if refresh == "step":
-            _require_one_pass(self._plain, loss)
+            require_one_pass(self._plain, loss)
         self.warmup_epochs, self.solve_every = warmup_epochs, solve_every
         self._influence = {**INFLUENCE, **(influence or {})}
         self._solve_samples, self._group = solve_samples, group
-        self._train = _loader(train, batch_size)
-        self._batch_size = batch_size or _default_batch_size(self._plain, self._train)
-        self._val = _validation(val)
+        self._train = training_data(train, batch_size)
+        self._batch_size = batch_size or default_batch_size(self._plain, self._train)
+        self._val = validation_data(val)
         self._visited = visited(self._train)
         shared = shared_samples(self._train, val)
         if shared:
@@ -184,6 +169,11 @@ class InfluenceWeighting:
         """Of the last solve: residual, iterations, damping, phi_low, phi_high, seconds."""
 
     @property
+    def samples(self) -> int:
+        """N."""
+        return len(self._book)
+
+    @property
     def weights(self) -> Tensor:
         """The weight of every sample, [N], on the model's device; 1 where none was measured. A copy."""
         return self._book.read()
@@ -204,8 +194,8 @@ class InfluenceWeighting:
 
     def start_epoch(self, epoch: int) -> bool:
         """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
-        self._epoch = epoch
         self._note_steps()
+        self._epoch = epoch
         since = epoch - self.warmup_epochs
         if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
             return False
@@ -213,7 +203,7 @@ class InfluenceWeighting:
         return True
 
     def start_step(self, step: int) -> bool:
-        """Say that a step begins, counted from 0 over all epochs; measure if `refresh` is a number and it is time to."""
+        """Say that a step begins, counted from 0 over all epochs; measure if `refresh` is a number whose turn it is."""
         n = self.refresh_schedule
         if isinstance(n, str) or step % n or self._epoch < self.warmup_epochs:
             return False
@@ -230,10 +220,10 @@ class InfluenceWeighting:
             solved = list(taught_to_solve)
             if is_step or len(places) == len(self._visited):
                 measured, source = places, taught_to_solve
-                phi, solution = self._scores(solved, None)
+                phi, solution = self._scores(solved, places, None)
             else:
                 measured, source = self._visited, self._taught(self._visited)
-                phi, solution = self._scores(source, solved)
+                phi, solution = self._scores(source, measured, solved)
             all_places, all_phi = self._over_ranks(measured), self._over_ranks(phi)
             self._reference = all_phi
             if is_step:
@@ -326,21 +316,31 @@ class InfluenceWeighting:
         chosen = torch.randperm(len(self._visited), generator=self._generator)[:count]
         return self._visited[chosen.sort().values]
 
-    def _scores(self, scored: Any, curved: Any) -> tuple[Tensor, Solution]:
+    def _scores(self, scored: Any, places: Tensor, curved: Any) -> tuple[Tensor, Solution]:
         with warnings.catch_warnings():
             # A rough solve is what is asked for; `record` has the residual.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return influence_scores(
-                self._plain,
-                scored,
-                Taught(self._val, None, self._device),
-                loss=self.loss,
-                params=self._params,
-                curvature_data=curved,
-                group=self._group,
-                return_solution=True,
-                **{"progress": False, **self._influence},
-            )
+            try:
+                return influence_scores(
+                    self._plain,
+                    scored,
+                    Taught(self._val, None, self._device),
+                    loss=self.loss,
+                    params=self._params,
+                    curvature_data=curved,
+                    group=self._group,
+                    return_solution=True,
+                    **{"progress": False, **self._influence},
+                )
+            except ValueError as error:
+                self._name_losses_that_are_not_finite(scored, places, error)
+                raise
+
+    def _name_losses_that_are_not_finite(self, batches: Any, places: Tensor, error: ValueError) -> None:
+        losses = torch.cat([self._losses(batch) for batch in batches]).cpu()
+        bad = places[~losses.isfinite()]
+        if len(bad):
+            raise LossNotFiniteError("the student's loss", bad.tolist()) from error
 
     def _measure(self, places: Tensor, phi: Tensor, own: Tensor, targets: list[Any]) -> None:
         """Weights of the samples at these places, which are those of all ranks; `own` and targets are this rank's."""
@@ -392,60 +392,17 @@ class InfluenceWeighting:
         return torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
 
     def _note_steps(self) -> None:
-        """Keep what the steps since the last epoch have measured."""
+        """Keep what the steps since the last epoch have measured, on all ranks."""
+        if self._group is not None and self.refresh_schedule == "step":
+            changes = self._book.take_changes()
+            phi = self._phi[changes["indices"].to(self._device)].cpu()
+            for its, its_phi in gather_over_ranks((changes, phi), self._group):
+                self._book.merge(its)
+                self._phi[its["indices"].to(self._device)] = its_phi.to(self._device)
+                self._has_new_phi |= len(its_phi) > 0
         if self._has_new_phi:
             self._keep()
 
     def _keep(self) -> None:
         self.measurements.append((self._epoch, self._phi.cpu().clone()))
         self._has_new_phi = False
-
-
-def check_schedule(refresh: Any) -> str | int:
-    """The schedule, if it is one; ValueError otherwise."""
-    if refresh in ("epoch", "step") or (isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1):
-        return refresh
-    raise ValueError(f"refresh is {refresh!r}, expected 'epoch', 'step', or a number of steps >= 1")
-
-
-def _require_one_pass(model: nn.Module, loss: Loss | None) -> None:
-    if hasattr(loss, "weighted"):
-        raise ValueError(
-            f"refresh is 'step', which multiplies a sample's whole loss by its weight, but {type(loss).__name__} weighs "
-            "its terms by itself; expected refresh='epoch' or a number of steps"
-        )
-    try:
-        require_no_batch_statistics(model)
-    except ValueError as error:
-        raise ValueError(
-            f"refresh is 'step', but {error}, or take refresh='epoch', which measures in eval mode"
-        ) from error
-
-
-def _loader(train: Any, batch_size: int | None) -> Any:
-    data = with_indices(train)
-    if not isinstance(data, IndexedDataset):
-        return data
-    return DataLoader(data, batch_size or 256, collate_fn=IndexedCollate(torch.utils.data.default_collate))
-
-
-def _default_batch_size(model: nn.Module, loader: Any) -> int:
-    own = getattr(loader, "batch_size", None)
-    if own is None:
-        own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
-    is_small = sum(p.numel() for p in model.parameters()) <= SMALL_MODEL
-    return max(own, LARGE_BATCH) if is_small else own
-
-
-def _validation(val: Any) -> Any:
-    """Batches of validation samples; ValueError if there is none."""
-    if isinstance(val, (tuple, Mapping)) and not isinstance(val, IndexedBatch):
-        return [val]
-    if isinstance(val, IndexedBatch):
-        return [val]
-    try:
-        if len(val) == 0:
-            raise ValueError("val is empty: influence is on the loss of its samples")
-    except TypeError:  # it does not know its length
-        pass
-    return val

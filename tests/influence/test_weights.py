@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdaif_fast import influence_scores, influence_weights, sigmoid_weights
+from kdaif_fast.influence.weights import score_width
 from tests.cases import make
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30).map(lambda x: torch.tensor(x, dtype=torch.float64))
 
 
-@given(phi=scores, gamma=st.floats(0, 100), scale=st.sampled_from(["range", "robust", 1.0, 1e3]))
+@given(phi=scores, gamma=st.floats(0, 1e308), scale=st.sampled_from(["range", "robust", 1e-320, 1.0, 1e3]))
 def test_conditions_of_theorem_1(phi, gamma, scale):
     w = sigmoid_weights(phi, gamma=gamma, scale=scale)
     assert w.isfinite().all()
@@ -34,6 +35,31 @@ def test_robust_scale_is_not_moved_by_an_outlier():
     w = sigmoid_weights(phi, scale="robust")
     assert w[0] > 1.9
     assert sigmoid_weights(phi)[0] < 1.01
+
+
+def test_the_width_of_other_scores():
+    """A batch is measured against all samples."""
+    everything = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    batch = everything[1:3]
+    for scale in ("range", "robust", 4.0):
+        w = sigmoid_weights(batch, scale=score_width(everything, scale))
+        assert torch.equal(w, sigmoid_weights(everything, scale=scale)[1:3])
+    assert score_width(torch.tensor([1.0, 2.0])) == 2
+    assert score_width(torch.tensor([-1.0, -2.0])) == 2
+    assert score_width(torch.zeros(0)) == 0
+    assert score_width(torch.zeros(2), 1e300) == torch.finfo(torch.float32).max
+    assert sigmoid_weights(torch.tensor([0.0, 1.0]), scale=score_width(torch.zeros(2), 1e-300)).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"scale is torch.float32 \(2,\), expected 'range', .* no dimensions"):
+        sigmoid_weights(batch, scale=torch.ones(2))
+    with pytest.raises(TypeError, match="scores is list"):
+        score_width([1.0])
+
+
+def test_scores_at_the_end_of_the_dtype():
+    largest = torch.finfo(torch.float32).max
+    phi = torch.tensor([-largest, 0.0, largest])  # max - min is infinite
+    w = sigmoid_weights(phi)
+    assert (w[0] > 1 == w[1]) & (w[1] > w[2])
 
 
 @pytest.mark.parametrize(("phi", "w"), [([], []), ([0.0, 0.0], [1.0, 1.0])])

@@ -1,0 +1,44 @@
+"""The data that influence is measured on, in the form that measuring needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .indexed import IndexedCollate, IndexedDataset, with_indices
+
+SMALL_MODEL, LARGE_BATCH = 200_000, 1024
+"""Up to so many parameters, the passes of a solve take batches of so many samples."""
+
+
+def training_data(train: Any, batch_size: int | None) -> Any:
+    """Training data with indices, in batches."""
+    data = with_indices(train)
+    if not isinstance(data, IndexedDataset):
+        return data
+    return DataLoader(data, batch_size or 256, collate_fn=IndexedCollate(torch.utils.data.default_collate))
+
+
+def default_batch_size(model: nn.Module, loader: Any) -> int:
+    """Of the passes that measure: the loader's, or a large one for a small model."""
+    own = getattr(loader, "batch_size", None)
+    if own is None:
+        own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
+    is_small = sum(p.numel() for p in model.parameters()) <= SMALL_MODEL
+    return max(own, LARGE_BATCH) if is_small else own
+
+
+def validation_data(val: Any) -> Any:
+    """Batches of validation samples; ValueError if there is none."""
+    if isinstance(val, (tuple, Mapping)):
+        return [val]
+    try:
+        if len(val) == 0:
+            raise ValueError("val is empty: influence is on the loss of its samples")
+    except TypeError:  # it does not know its length
+        pass
+    return val

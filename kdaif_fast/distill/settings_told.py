@@ -1,0 +1,23 @@
+"""Settings in words that are the same in another process: what a checkpoint is compared by."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def told(part: Any) -> str | None:
+    """Functions and classes by name, data classes with their values."""
+    if part is None:
+        return None
+    return repr(part) if is_dataclass(part) else getattr(part, "__qualname__", type(part).__qualname__)
+
+
+def optimizer_told(optimizer: Optimizer | None) -> str | None:
+    """An optimizer by name, with the settings that it began with."""
+    if optimizer is None:
+        return None
+    plain = {name: value for name, value in optimizer.defaults.items() if isinstance(value, (int, float, tuple, str))}
+    return f"{type(optimizer).__name__}({', '.join(f'{name}={plain[name]}' for name in sorted(plain))})"

@@ -1,0 +1,192 @@
+"""A run that is interrupted at any step goes on as if nothing had happened, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdaif_fast.distill import CheckpointError
+
+from .cases import assert_same_bits, loaders, make, state_of
+
+SETTINGS = {
+    "M3 step": {"mechanism": "M3", "refresh": "step", "dropout": 0.2},
+    "M4 every 3": {"mechanism": "M4", "refresh": 3, "ema": 0.3, "normalize": True, "solve_samples": 10},
+    "M1 draws": {"mechanism": "M1", "rule": "keep_probability", "accumulate": 3, "dropout": 0.2},
+    "online": {"mechanism": "online", "dropout": 0.2},
+}
+
+
+def scheduler(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+
+
+def seeded(settings, **more):
+    torch.manual_seed(5)
+    np.random.seed(6)
+    random.seed(7)
+    return make(5, student_scheduler=scheduler, checkpoint_every=1, **settings, **more)
+
+
+def train(distiller, epochs=3):
+    # The seed of the loaders is that of the process: they are made anew, as another process would.
+    torch.manual_seed(8)
+    return distiller.fit(*loaders(noisy=True), epochs)
+
+
+class InterruptedAtStepError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resumed_at_any_step(name, tmp_path):
+    whole = seeded(SETTINGS[name])
+    train(whole)
+    expected = state_of(whole)
+    for stop in (1, 2, 3, 5, 8, 11):
+        run_dir = tmp_path / str(stop)
+        first = seeded(SETTINGS[name], run_dir=run_dir)
+        calls = {"n": 0}
+        original = first._save_run
+
+        def save_and_stop(calls=calls, original=original, stop=stop):
+            original()
+            calls["n"] += 1
+            if calls["n"] == stop:
+                raise InterruptedAtStepError
+
+        first._save_run = save_and_stop
+        with pytest.raises(InterruptedAtStepError):
+            train(first)
+        torch.manual_seed(stop)
+        second = make(100 + stop, student_scheduler=scheduler, checkpoint_every=1, run_dir=run_dir, **SETTINGS[name])
+        train(second)
+        assert_same_bits(expected, state_of(second))
+        without_times = [
+            {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in second.history
+        ]
+        assert without_times == [
+            {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in whole.history
+        ]
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from tests.distill.test_resume import SETTINGS, seeded, train
+from tests.distill.cases import state_of
+distiller = seeded(SETTINGS["M3 step"], run_dir=sys.argv[1])
+train(distiller, 40)
+torch.save(state_of(distiller), sys.argv[1] + "/final.pt")
+"""
+
+
+def test_killed_and_resumed(tmp_path):
+    root = str(Path(__file__).parents[2])
+    whole = seeded(SETTINGS["M3 step"])
+    train(whole, 40)
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", SCRIPT.format(root=root), str(run_dir)]
+    environment = {**os.environ, "PYTHONPATH": root}
+    kills = 0
+    random_pause = random.Random(0)
+    while kills < 2:
+        process = subprocess.Popen(command, env=environment)
+        checkpoint = run_dir / "checkpoint.safetensors"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(random_pause.uniform(0.05, 0.4))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+        kills += 1
+    assert subprocess.run(command, env=environment, check=True).returncode == 0
+    assert_same_bits(state_of(whole), torch.load(run_dir / "final.pt", weights_only=True))
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path):
+    first = make(mechanism="M1", run_dir=tmp_path)
+    first.fit(*loaders(), 1)
+    again = make(mechanism="M1", run_dir=tmp_path)
+    with pytest.warns(UserWarning, match="nothing left to train"):
+        again.fit(*loaders(), 1)
+    assert_same_bits(state_of(first), state_of(again))
+    longer = make(mechanism="M1", run_dir=tmp_path)
+    assert [record["epoch"] for record in longer.fit(*loaders(), 3)] == [1, 2, 3]
+
+
+def test_starting_over(tmp_path):
+    make(mechanism="M1", run_dir=tmp_path).fit(*loaders(), 2)
+    fresh = make(mechanism="M1", run_dir=tmp_path)
+    assert len(fresh.fit(*loaders(), 1, resume=False)) == 1
+    assert fresh.steps == 4
+    assert (tmp_path / "log.jsonl").read_text().count('"kind": "epoch"') == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"mechanism": "M3"}, "mechanism 'M1'"),
+        ({"mechanism": "M1", "rule": "drop"}, "rule"),
+        ({"mechanism": "M1", "refresh": "step"}, "refresh 'epoch'"),
+        ({"mechanism": "M1", "optimizer": lambda p: torch.optim.Adam(p, 1.0)}, "lr=0.01"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_changed(settings, named, tmp_path):
+    make(mechanism="M1", run_dir=tmp_path).fit(*loaders(), 1)
+    other = make(3, run_dir=tmp_path, **settings)
+    train_loader, val_loader = loaders()
+    other.prepare(train_loader, val_loader)
+    before = state_of(other)
+    with pytest.raises(ValueError, match=named):
+        other.fit(train_loader, val_loader, 2)
+    assert_same_bits(before, state_of(other))
+
+
+def test_another_number_of_samples_is_refused(tmp_path):
+    make(mechanism="M1", run_dir=tmp_path).fit(*loaders(24), 1)
+    with pytest.raises(ValueError, match=r"24 samples, expected 30"):
+        make(mechanism="M1", run_dir=tmp_path).fit(*loaders(30), 2)
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"something else")
+    with pytest.raises(CheckpointError):
+        make(mechanism="M1", run_dir=tmp_path).fit(*loaders(), 1)
+
+
+def test_save_and_load_in_ones_own_loop(tmp_path):
+    def run(distiller, train, epochs, stop=None):
+        for epoch in epochs:
+            distiller.start_epoch(epoch)
+            for batch in train:
+                distiller.step(batch)
+
+    whole, part = make(mechanism="M3", refresh="step"), make(mechanism="M3", refresh="step")
+    train_loader, val_loader = loaders(shuffle=False)
+    run(whole, whole.prepare(train_loader, val_loader), range(3))
+    run(part, part.prepare(train_loader, val_loader), range(2))
+    part.save(tmp_path / "state")
+    other = make(9, mechanism="M3", refresh="step")
+    train = other.prepare(train_loader, val_loader)
+    other.load(tmp_path / "state")
+    run(other, train, range(2, 3))
+    assert_same_bits(state_of(whole), state_of(other))
+
+
+def test_the_teachers_epochs_are_kept(tmp_path):
+    train_loader, _ = loaders()
+    first = make(mechanism="online", run_dir=tmp_path)
+    first.fit_teacher(train_loader, 2)
+    second = make(1, mechanism="online", run_dir=tmp_path)
+    second.fit_teacher(train_loader, 2)
+    for a, b in zip(first.teacher.parameters(), second.teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert second.steps == 0

@@ -3,7 +3,7 @@
 # make test-slow   what takes minutes: fresh installs in every build mode, the whole demo
 # make lint        ruff and mypy
 # make bench       benchmarks, with ratios measured in one run
-# make experiments what the weights are worth in training: the runs behind docs/results.md that are missing, and its tables
+# make experiments what weights are worth in training: the missing runs behind docs/results.md, and its tables (20 min)
 # make bench-peers influence scores against other libraries, which are put into a folder of their own (long)
 #
 # Each makes its own virtual environment in .venv the first time. Nothing but python3 (>= 3.10), pip, g++ and make

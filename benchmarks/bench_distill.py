@@ -1,8 +1,9 @@
 """What weights cost a training: mechanism M3, measured in every step, in turns with the same loop without weights.
 
 Both networks are of the same kind, with Adam, at batch 256: the CNN of the digits, and 784-512-512-10. "step" is a call
-of Distiller.step along a direction that is there. "solve" is what a new direction costs, on 1,024 samples with 10
-products; its row says what that comes to where an epoch has 234 steps (60,000 samples) and starts with a solve.
+of Distiller.step along a direction that is there. "solve" is what a new direction costs: 10 products on 1,024 samples,
+whose linearisation is kept. Its row says what that comes to a step where an epoch has 234 of them (60,000 samples) and
+starts with a solve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Loop:
             mechanism=mechanism,
             refresh="step",
             warmup_epochs=0,
-            influence={"damping": 0.1, "tol": None, "max_iter": PRODUCTS},
+            influence={"damping": 0.1, "tol": None, "max_iter": PRODUCTS, "keep_graphs": True},
             solve_samples=SOLVE_SAMPLES,
         )
         batches = [(torch.randn(BATCH, pixels), torch.randint(10, (BATCH,))) for _ in range(BATCHES)]

@@ -26,8 +26,8 @@ class Settings(NamedTuple):
     student: tuple[int, ...] = (32,)
     warmup: int = 2  # epochs before the first measurement
     ema: float = 0.5  # share of the old weight that stays at a measurement
-    damping: float | str = "auto"
-    products: int = 5  # with the curvature, a measurement
+    damping: float | str = 0.01
+    products: int = 10  # with the curvature, a measurement
 
 
 class Method(NamedTuple):
@@ -74,7 +74,12 @@ def options_of(method: Method, data: Data, seed: int, settings: Settings) -> dic
         "loss": DistillationLoss(settings.temperature, settings.alpha),
         "warmup_epochs": settings.warmup,
         "ema": settings.ema,
-        "influence": {"damping": settings.damping, "tol": None, "max_iter": settings.products},
+        "influence": {
+            "damping": settings.damping,
+            "tol": None,
+            "max_iter": settings.products,
+            "keep_graphs": True,
+        },
         "seed": seed,
         **method.options(data, seed),
     }

@@ -3,6 +3,7 @@
 # make test-slow   what takes minutes: fresh installs in every build mode, the whole demo
 # make lint        ruff and mypy
 # make bench       benchmarks, with ratios measured in one run
+# make experiments what weights are worth in training: the missing runs behind docs/results.md, and its tables (20 min)
 # make bench-peers influence scores against other libraries, which are put into a folder of their own (long)
 #
 # Each makes its own virtual environment in .venv the first time. Nothing but python3 (>= 3.10), pip, g++ and make
@@ -18,7 +19,7 @@ CURVLINOPS ?= curvlinops-for-pytorch==3.0.1
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-slow lint bench bench-peers clean
+.PHONY: demo test test-slow lint bench bench-peers experiments clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -39,6 +40,9 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini --benchmark-json=runs/bench.json
+
+experiments: $(VENV)/.installed-demo
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/run_experiments.py
 
 bench-peers: $(VENV)/.installed-bench $(VENV)-peers/.installed
 	$(BIN)/python benchmarks/bench_influence.py --peers $(VENV)-peers

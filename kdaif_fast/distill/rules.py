@@ -304,13 +304,17 @@ class OwnLoss:
 class Shuffled:
     """The weights of another rule, given to other samples: the same histogram, and no information. A control.
 
-    Meets neither condition. Draws an order from stats.generator.
+    Meets neither condition.
 
     Args:
         rule: whose weights.
+        seed: of the order, which is then the same for all calls with as many samples: an average over several
+            measurements has the histogram of the rule's own, too. None draws another order at every call, from
+            stats.generator.
     """
 
     rule: WeightRule
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", make_rule(self.rule))
@@ -318,7 +322,8 @@ class Shuffled:
     def __call__(self, stats: SampleStatistics, phi: Tensor, epoch: int = 0) -> Tensor:
         """[n], the rule's in another order."""
         weights = checked_weights(self.rule(stats, phi, epoch), phi)
-        order = torch.randperm(len(weights), generator=stats.generator)
+        generator = stats.generator if self.seed is None else torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(weights), generator=generator)
         return weights[_moved(order, weights.device)]
 
 

@@ -274,6 +274,13 @@ class TestControls:
         assert torch.equal(shuffled, weigh(Shuffled(Sigmoid()), phi))
         assert not torch.equal(shuffled, weigh(Shuffled(Sigmoid()), phi, seed=1))
 
+    def test_shuffled_in_one_order(self):
+        rule, first, second = Shuffled(Sigmoid(), seed=3), torch.randn(200), torch.randn(200)
+        order = rule(statistics(torch.arange(200.0)), torch.arange(200.0), 0).argsort(descending=True).argsort()
+        for phi in (first, second):  # the order is that of the seed, whatever stats.generator gives
+            assert torch.equal(weigh(rule, phi), weigh(Sigmoid(), phi)[order])
+        assert not torch.equal(weigh(rule, first), weigh(Shuffled(Sigmoid(), seed=4), first))
+
 
 @functools.cache
 def problem(flips):

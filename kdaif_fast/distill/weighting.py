@@ -191,12 +191,6 @@ class InfluenceWeighting:
         return len(self._book)
 
     @property
-    def _visited(self) -> Tensor:
-        """The places that this rank's training comes to, which can change from one measurement to the next."""
-        places = visited(self._train)
-        return places if self._group is None else own_share(self._train, places)
-
-    @property
     def weights(self) -> Tensor:
         """The weight of every sample, [N], on the model's device; 1 where none was measured. A copy."""
         return self._book.read()
@@ -237,18 +231,16 @@ class InfluenceWeighting:
         """Measure now: solve for the direction, and, unless refresh is "step", phi and the weights of all samples."""
         start = time.perf_counter()
         is_step = self.refresh_schedule == "step"
-        visited_places = self._visited
-        largest_share = max(gather_over_ranks(len(visited_places), self._group))
-        solves_on_all = self._solve_samples is None or self._solve_samples >= largest_share
-        places = visited_places if solves_on_all else self._drawn(visited_places, largest_share)
+        own = self._own_places()
+        places = self._places_to_solve(own)
         with evaluating(self._plain, self.teacher):
             taught_to_solve = self._taught(places)
             solved = list(taught_to_solve)
-            if is_step or solves_on_all:
+            if is_step or places is own:
                 measured, source = places, taught_to_solve
                 phi, solution = self._scores(solved, places, None)
             else:
-                measured, source = visited_places, self._taught(visited_places)
+                measured, source = own, self._taught(own)
                 phi, solution = self._scores(source, measured, solved)
             # Ascending, so that a rule that draws does so as it would on one process.
             all_places, order = self._over_ranks(measured).sort()
@@ -303,6 +295,10 @@ class InfluenceWeighting:
 
         return weighted_step(self.model, samples, weight_fn=weigh, direction=self._direction, **options)
 
+    def forget(self, indices: Tensor) -> None:
+        """Give these samples weight 1, as before their first measurement: they are not what they were any more."""
+        self._book.forget(indices.to(self._device))
+
     def gather(self) -> None:
         """Bring together what the steps of all ranks have measured; `start_epoch` does it. All ranks have to call it.
 
@@ -316,10 +312,6 @@ class InfluenceWeighting:
             self._book.merge(its)
             self._phi[its["indices"].to(self._device)] = its_phi.to(self._device)
             self._has_new_phi |= len(its_phi) > 0
-
-    def forget(self, indices: Tensor) -> None:
-        """Give these samples weight 1, as before their first measurement: they are not what they were any more."""
-        self._book.forget(indices.to(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next weights depend on: tensors and plain values."""
@@ -355,10 +347,20 @@ class InfluenceWeighting:
     def _taught(self, places: Tensor) -> Taught:
         return Taught(in_order(self._train, places, self._batch_size), self.teacher, self._device)
 
-    def _drawn(self, places: Tensor, largest_share: int) -> Tensor:
-        """`solve_samples` of these places; as many numbers are drawn on all ranks, whose generators stay alike then."""
-        chosen = torch.randperm(largest_share, generator=self._generator)
-        return places[chosen[chosen < len(places)][: self._solve_samples].sort().values]
+    def _own_places(self) -> Tensor:
+        """The places that training comes to, which can change with time; of several processes, this one's."""
+        places = visited(self._train)
+        return places if self._group is None else own_share(self._train, places)
+
+    def _places_to_solve(self, own: Tensor) -> Tensor:
+        """Some of them, or `own` itself for all."""
+        largest = max(gather_over_ranks(len(own), self._group))
+        if self._solve_samples is None or self._solve_samples >= largest:
+            return own
+        # As many numbers on all ranks, whose generators stay alike then.
+        chosen = torch.randperm(largest, generator=self._generator)
+        chosen = chosen[chosen < len(own)][: self._solve_samples]
+        return own[chosen.sort().values]
 
     def _scores(self, scored: Any, places: Tensor, curved: Any) -> tuple[Tensor, Solution]:
         with warnings.catch_warnings():

@@ -47,8 +47,8 @@ def sentences(count: int, seed: int = 0) -> list[Sentence]:
     Example:
         >>> for sentence in sentences(2, seed=0):
         ...     print(sentence.label, sentence.text)
-        1 X
-        0 X
+        1 to be fair , the dialogue seemed quite moving , although the camera work felt deeply cold .
+        0 well , the whole story never felt warm .
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count is {count!r}, expected a whole number >= 1")

@@ -2,10 +2,26 @@
 
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from kdaif_fast.distill.config import EXAMPLE, OPTIMIZERS, SCHEDULERS, read_config
+from kdaif_fast.distill.command import MAY_CHANGE, OWN_FILES
+from kdaif_fast.distill.config import (
+    DISTILL,
+    EXAMPLE,
+    INFLUENCE,
+    MEASURE,
+    MODEL,
+    OPTIMIZERS,
+    PRESETS,
+    RUN,
+    SCHEDULERS,
+    SECTIONS,
+    read_config,
+)
+from kdaif_fast.distill.data.columns import COLUMNS
+from kdaif_fast.distill.data.options import COMMON, KINDS
 
 from .config_project import CONFIG, changed, refuses
 
@@ -244,3 +260,12 @@ def test_every_optimizer_and_scheduler_can_be_named():
     assert {"StepLR", "MultiStepLR", "CosineAnnealingLR", "OneCycleLR"} <= set(SCHEDULERS)
     assert not {"Optimizer", "LBFGS"} & set(OPTIMIZERS)
     assert not {"LRScheduler", "ReduceLROnPlateau", "LambdaLR"} & set(SCHEDULERS)
+
+
+def test_every_key_is_described():
+    text = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
+    keys = {*SECTIONS, *MODEL, *DISTILL, *INFLUENCE, *MEASURE, *RUN, *COMMON, *COLUMNS, *KINDS, *PRESETS}
+    keys |= {key for adapter in KINDS.values() for key in adapter.KEYS}
+    keys |= {key for names in PRESETS.values() for key in names}
+    keys |= {key.split(".")[1] for key in MAY_CHANGE} | set(OWN_FILES)
+    assert not {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", text)}

@@ -39,14 +39,14 @@ def test_digits(tmp_path):
 
 def test_text(tmp_path):
     output, last = run("text.toml", tmp_path)
-    assert "2000 training, 300 validation, 500 test samples" in output
+    assert "2000 training, 600 validation, 500 test samples" in output
     assert "flipped labels: " in output
-    assert float(last["flip_auc"]) > 0.55
-    assert ", but the " in (tmp_path / "report.html").read_text()
+    assert float(last["flip_auc"]) > 0.75
+    assert "the film" in (tmp_path / "report.html").read_text()  # the sentences themselves
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "epochs", "auc"), [("digits.toml", 25, 0.9), ("text.toml", 15, 0.9)])
+@pytest.mark.parametrize(("name", "epochs", "auc"), [("digits.toml", 12, 0.9), ("text.toml", 14, 0.85)])
 def test_flips_are_found(tmp_path, name, epochs, auc):
     _, last = run(name, tmp_path, f"run.epochs={epochs}")
     assert float(last["flip_auc"]) > auc

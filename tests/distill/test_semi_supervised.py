@@ -407,3 +407,16 @@ def test_digits(settings):
     if weights is not None:
         assert weights.shape == (900,)
         assert weights.unique().numel() > 100
+
+
+@pytest.mark.slow
+def test_influence_is_worth_something_on_digits():
+    # Measured: gains of 0.030, 0.013, 0.015, 0.025 and 0.030 for the seeds 0 ... 4.
+    gains = []
+    for seed in range(3):
+        found = [
+            on_digits(seed, 4, 10, 30, pseudo_labels="hard", feedback=feedback)[1]["test_student_accuracy"]
+            for feedback in ("influence", "none")
+        ]
+        gains.append(found[0] - found[1])
+    assert sum(gains) / len(gains) > 0.008, gains

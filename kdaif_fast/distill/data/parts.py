@@ -82,7 +82,7 @@ def draw_flips(samples: int, share: float, classes: int, seed: int) -> Tensor:
 
     Example:
         >>> draw_flips(6, 0.5, 2, seed=0)
-        tensor([0, 0, 1, 0, 1, 1])
+        tensor([0, 1, 1, 0, 0, 1])
     """
     generator = torch.Generator().manual_seed(seed + 1)  # not the numbers that held samples out
     chosen = torch.randperm(samples, generator=generator)[: round(share * samples)]

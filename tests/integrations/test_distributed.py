@@ -54,7 +54,7 @@ def check_epochs(rank, world):
         {"refresh": 1, "rule": lambda stats, phi, epoch: 1 / (1 + stats.losses) + stats.rows.student_entropy},
     ):
         (alone, plain, _, train), (shared, model, sampler, _) = weightings(N, **options)
-        assert len(shared._visited) == (13, 12)[rank]
+        assert len(shared._own_places()) == (13, 12)[rank]
         loader = with_indices(DataLoader(train, 13, sampler=sampler))
         for epoch in range(2):
             sampler.set_epoch(epoch)
@@ -106,7 +106,7 @@ def check_shares(rank, world):
         weights = gathered(shared.weights)
         assert torch.equal(*weights)
         assert set(weights[0].tolist()) == {0.0, 1.0}
-        assert len(shared._drawn(shared._visited, 13)) == min(count, (13, 12)[rank])
+        assert len(shared._places_to_solve(shared._own_places())) == min(count, (13, 12)[rank])
         assert torch.equal(*gathered(shared._generator.get_state()))
 
 

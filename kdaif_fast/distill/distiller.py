@@ -510,6 +510,8 @@ class Distiller:
         if self.mechanism.trains_teacher:
             end_epoch(self.teacher_scheduler)
         self._watch.flush()
+        if self.weighting is not None:
+            self.weighting.gather()
         self._tally.epoch += 1
         record = self._record(val_loader, test_loader)
         self.history.append(record)

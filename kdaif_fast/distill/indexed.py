@@ -147,9 +147,15 @@ def sample_count(data: Any) -> int:
 
 
 def visited(data: Any) -> Tensor:
-    """The places that a loader with indices comes to, ascending: all, but for a SubsetRandomSampler."""
+    """The places that a loader with indices comes to, as in_order gives them: ascending, but as they are in a list.
+
+    They are all of the data set's, but for a SubsetRandomSampler.
+    """
     if isinstance(data, (list, tuple)):
-        return torch.cat([batch.indices for batch in data]).unique()
+        places = torch.cat([batch.indices for batch in data])
+        if len(places.unique()) != len(places):
+            raise ValueError("the list of batches has a sample's index twice, expected each sample once")
+        return places
     sampler = getattr(data, "sampler", None)
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
@@ -173,7 +179,7 @@ def own_share(data: Any, places: Tensor) -> Tensor:
 
 
 def in_order(data: Any, indices: Tensor, batch_size: int) -> Any:
-    """The samples at these places, in this order: a DataLoader, or a list, of IndexedBatch."""
+    """The samples at these places, in the order that `visited` has them: a DataLoader, or a list, of IndexedBatch."""
     if isinstance(data, (list, tuple)):
         return list(_picked(data, indices))
     workers = data.num_workers

@@ -119,6 +119,7 @@ class WeightBook:
             "combined": self._combined,
             "weights": self._weights,
             "seen": self._seen,
+            "touched": self._touched,
             "factor": self._factor,
         }
 
@@ -127,6 +128,6 @@ class WeightBook:
         found = len(state["weights"])
         if found != len(self):
             raise ValueError(f"the weights are of {found} samples, expected {len(self)}")
-        for name in ("measured", "combined", "weights", "seen", "factor"):
+        for name in ("measured", "combined", "weights", "seen", "touched", "factor"):
             mine = getattr(self, f"_{name}")
             setattr(self, f"_{name}", state[name].to(mine).clone())

@@ -439,9 +439,9 @@ class InfluenceWeighting:
 
     def _over_ranks(self, tensor: Tensor, order: Tensor | None = None) -> Tensor:
         """What all ranks have of it, one after another, or in this order."""
-        if self._group is None:
-            return tensor
-        found = torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
+        found = tensor
+        if self._group is not None:
+            found = torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
         return found if order is None else found[order.to(found.device)]
 
     def _note_steps(self) -> None:

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast import ConvergenceWarning, influence_scores, sigmoid_weights
-from kdaif_fast.distill import InfluenceWeighting, LabelRevisionLoss, with_indices
+from kdaif_fast.distill import IndexedBatch, InfluenceWeighting, LabelRevisionLoss, with_indices
 from kdaif_fast.ops import row_stats
 
 from .cases import SOLVE, loaders, network, samples
@@ -97,6 +97,22 @@ def test_forms_of_training_data(train):
     weighting.start_epoch(0)
     assert weighting.phi.isfinite().all()
     assert len(weighting.weights) == 24
+
+
+def test_lists_in_any_order():
+    """phi belongs to the sample, wherever it is in the list."""
+    x, y, _ = samples(24, 1)
+    places = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    shuffled = [IndexedBatch(part, (x[part], y[part])) for part in places.split(7)]
+    found = []
+    for data in (shuffled, TensorDataset(x, y)):
+        torch.manual_seed(0)
+        weighting = InfluenceWeighting(network(), data, samples(12, 2)[:2], influence=TIGHT)
+        weighting.start_epoch(0)
+        found.append(weighting.phi)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="twice"):
+        InfluenceWeighting(network(), [*shuffled, shuffled[0]], samples(12, 2)[:2]).start_epoch(0)
 
 
 class TestRules:

@@ -1,8 +1,17 @@
-"""Doctests of the Triton kernels need Triton to be imported at all."""
+"""Doctests of modules that need an optional package to be imported at all are run where it is."""
 
 import importlib.util
 from pathlib import Path
 
 HERE = Path(__file__).parent
-has_triton = importlib.util.find_spec("triton") is not None
-collect_ignore = [] if has_triton else [str(path) for path in HERE.glob("kdaif_fast/triton_kernels/*.py")]
+NEEDED = {
+    "kdaif_fast/triton_kernels/*.py": "triton",
+    "kdaif_fast/integrations/huggingface.py": "transformers",
+    "kdaif_fast/integrations/lightning.py": "lightning",
+}
+collect_ignore = [
+    str(path)
+    for pattern, package in NEEDED.items()
+    if importlib.util.find_spec(package) is None
+    for path in HERE.glob(pattern)
+]

@@ -1,4 +1,4 @@
-"""Files that are written beside their place and put there in one step."""
+"""Files that are whole at any moment: replaced in one step, or grown by all of something or nothing."""
 
 from __future__ import annotations
 
@@ -50,6 +50,30 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
     with contextlib.suppress(OSError):  # not every file system can; the file is in its place
         _to_disk(target.parent)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put a file with this content in the place of `path`, in one step. Raises what `replaced` does."""
+    with replaced(path) as part:
+        part.write_bytes(content)
+
+
+def append_whole(path: Path, content: bytes, to_disk: bool = False) -> None:
+    """Add `content` to the end of a file, and wait until it is on the disk if asked to.
+
+    Raises OSError where there is no room; the file is then as it was. (A kill may leave a part of the content.)
+    """
+    with path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            if to_disk:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _to_disk(path: Path) -> None:

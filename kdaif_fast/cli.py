@@ -32,14 +32,25 @@ def demo(out: Path, seeds: int, flip: float, quiet: bool) -> None:
         raise click.ClickException(str(error)) from error
 
 
-def _example() -> str:
+def _example(text: str) -> str:
     """The last part of the help, in lines that click leaves as they are."""
-    from .influence.config import EXAMPLE
-
-    return "An example of the file:\n\n\b\n" + "\n".join(line or " " for line in EXAMPLE.splitlines())
+    return "An example of the file:\n\n\b\n" + "\n".join(line or " " for line in text.splitlines())
 
 
-@main.command(epilog=_example())
+class _WithExample(click.Command):
+    """A command whose help ends with an example of its file, which is not imported before."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The example, from the module beside the command's own."""
+        if self.name == "scores":
+            from .influence.config import EXAMPLE
+        else:
+            from .distill.config import EXAMPLE
+        self.epilog = _example(EXAMPLE)
+        super().format_epilog(ctx, formatter)
+
+
+@main.command(cls=_WithExample)
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -54,11 +65,50 @@ def scores(config: Path, restart: bool, quiet: bool) -> None:
     phi > 0 means that the sample harms the validation loss. A run that was killed goes on where it was when it is
     started again: neither the solve nor scores that are written are done twice.
     """
-    from .influence.config import ConfigError, scores_from_config
+    from ._config import ConfigError
+    from .influence.config import scores_from_config
 
     try:
         scores_from_config(config, resume=not restart, progress=False if quiet else None, say=click.echo)
     except (ConfigError, ValueError, TypeError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command(cls=_WithExample)
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="In place of what the file has, as in --set run.epochs=50; may be given many times.",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder, in place of the file's run.dir."
+)
+@click.option("--check", is_flag=True, help="Only say whether it can be run: everything is checked, nothing written.")
+@click.option("--restart", is_flag=True, help="Start over: what a run before has left in the folder is removed.")
+@click.option("--quiet", is_flag=True, help="No progress bar (there is none anyway where output is no terminal).")
+def distill(config: Path, changes: tuple[str, ...], out: Path | None, check: bool, restart: bool, quiet: bool) -> None:
+    """Distil a student from a teacher with weights from influence, as the file CONFIG describes it.
+
+    Everything is checked before anything is trained or written. A run that was stopped goes on where it was when it is
+    started again. The run's folder then has a log, a checkpoint, the student (student.safetensors) and a report.
+    """
+    from ._config import ConfigError
+    from .distill.command import distill_from_config
+
+    try:
+        distill_from_config(
+            config,
+            changes=changes,
+            out=out,
+            resume=not restart,
+            check=check,
+            progress=False if quiet else None,
+            say=click.echo,
+        )
+    except (ConfigError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         raise click.ClickException(str(error)) from error
 
 

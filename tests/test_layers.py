@@ -22,6 +22,7 @@ BELOW = {
     "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_files": set(),
+    "_config": set(),
     "_distributed": set(),
     "_objective": {"_model", "_tree", "batched"},
     "solvers": {"_tree", "_warn", "ops"},
@@ -30,20 +31,25 @@ BELOW = {
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
-        "_files",
+        *("_config", "_files"),
     },
     "distill": {
-        *("influence", "solvers", "per_sample", "ops", "_model", "_data", "_distributed", "_files", "_tree", "_warn"),
+        *("influence", "curvature", "solvers", "per_sample", "ops"),
+        *("_config", "_data", "_distributed", "_files", "_model", "_tree", "_warn"),
     },
-    "demo": {"influence", "ops", "_model"},
+    "integrations": {"distill", "_model", "_warn"},
+    "demo": {"distill", "influence", "ops", "_model"},
     "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
-    "cli": {"demo", "distill", "influence", "info", "__init__"},
+    "cli": {"_config", "demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
 }
 OPTIONAL = {
     *("sklearn", "matplotlib", "tqdm", "triton", "transformers", "lightning", "scipy", "safetensors", "jinja2", "PIL"),
-    *("accelerate", "datasets", "tensorboard"),
+    *("accelerate", "datasets", "tensorboard", "torchvision"),
 }
+
+INTEGRATES = {"huggingface": "transformers", "lightning": "lightning"}
+"""Modules of integrations, and the package that each of them is for."""
 
 
 def room(path):
@@ -89,7 +95,9 @@ def test_imports_point_down():
 def test_optional_packages_are_imported_where_they_are_used():
     for path in PACKAGE.rglob("*.py"):
         for name, nested in imports(path):
-            is_itself_optional = room(path) == "triton_kernels" and name == "triton"
+            is_itself_optional = (room(path), name) == ("triton_kernels", "triton") or (
+                room(path) == "integrations" and INTEGRATES.get(path.stem) == name
+            )
             assert name not in OPTIONAL or nested or is_itself_optional, f"{path} imports {name} at its top"
 
 
@@ -98,6 +106,11 @@ def test_triton_is_imported_at_its_first_launch_only():
         "import sys, kdaif_fast; assert 'triton' not in sys.modules and 'kdaif_fast.triton_kernels' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_imports_integrations():
+    names = [name for path in PACKAGE.rglob("*.py") if room(path) != "integrations" for name, _ in imports(path)]
+    assert "integrations" not in names
 
 
 def test_only_the_library_loads_kernels():

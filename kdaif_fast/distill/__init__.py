@@ -8,6 +8,8 @@ from .label_revision import LabelRevisionLoss, label_revision
 from .mechanisms import MECHANISMS, Mechanism
 from .rules import RULES, WeightRule, make_rule
 from .samples_file import SampleFacts
+from .semi_supervised import SemiSupervisedDistiller
+from .soft_targets import SoftTargetLoss
 from .statistics import SampleStatistics
 from .step import StepResult
 from .weighting import InfluenceWeighting
@@ -25,6 +27,8 @@ __all__ = [
     "Mechanism",
     "SampleFacts",
     "SampleStatistics",
+    "SemiSupervisedDistiller",
+    "SoftTargetLoss",
     "StepResult",
     "WeightRule",
     "label_revision",

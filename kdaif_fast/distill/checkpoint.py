@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._files import replaced
@@ -66,6 +67,7 @@ def write_state(path: str | os.PathLike[str], state: Any) -> None:
     except ImportError:
         raise ImportError(f"write_state {_PACKAGE}") from None
     structure, tensors = take_apart(state)
+    tensors = tensors or {"nothing": torch.empty(0)}  # the first versions of safetensors cannot read a file of none
     text = json.dumps(structure, allow_nan=False, separators=(",", ":"))
     if len(text) > _LARGEST_STRUCTURE:
         raise ValueError(

@@ -16,7 +16,7 @@ from .._warn import warn_user
 from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
-from .evaluation import accuracy, describe_weights
+from .evaluation import accuracy
 from .finite import FiniteWatch, LossNotFiniteError
 from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
@@ -34,6 +34,7 @@ from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
+from .weight_figures import weight_figures
 from .weighting import InfluenceWeighting
 
 
@@ -63,7 +64,7 @@ class Distiller:
         ema: share of the old weight that stays at each new measurement, in [0, 1).
         combine: how M4 combines: "mean", "product" or "ema".
         normalize: divide weights by their mean over all samples, so that the size of a step does not change.
-        influence, solve_samples, solve_every, batch_size, params, group, seed: as for InfluenceWeighting.
+        influence, solve_samples, solve_every, batch_size, history, params, group, seed: as for InfluenceWeighting.
         teacher_scheduler, student_scheduler: schedulers of the optimizers, or functions that make one; they take a step
             at the end of each epoch.
         clip_norm: the largest norm that the gradients of one network may have in a step.
@@ -120,6 +121,7 @@ class Distiller:
         solve_samples: int | None = 4096,
         solve_every: int = 1,
         batch_size: int | None = None,
+        history: int | None = 100,
         params: Any = None,
         group: Group = None,
         seed: int = 0,
@@ -148,7 +150,7 @@ class Distiller:
                 f"autocast is {autocast}, expected None or torch.bfloat16 (float16 would need loss scaling)"
             )
         check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every, warmup_epochs=warmup_epochs)
-        check_counts(solve_samples=solve_samples, solve_every=solve_every, batch_size=batch_size)
+        check_counts(solve_samples=solve_samples, solve_every=solve_every, batch_size=batch_size, history=history)
         check_averaging(combine, ema)
         self.teacher_optimizer = (
             None if teacher_optimizer is None else make_optimizer(teacher_optimizer, teacher, "teacher_optimizer")
@@ -173,6 +175,7 @@ class Distiller:
             "solve_samples": solve_samples,
             "solve_every": solve_every,
             "batch_size": batch_size,
+            "history": history,
             "group": group,
             "seed": seed,
         }
@@ -236,6 +239,7 @@ class Distiller:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
             if self.weighting is None:
                 self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
+                self._joint = None  # made without, if the teacher was trained alone
         if self._given is not None and len(self._given.weights) != sample_count(train):
             raise ValueError(
                 f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
@@ -313,6 +317,8 @@ class Distiller:
         self._replays = replays_of(train=train)
         if resume and self._folder.has_checkpoint:
             self.load(self._checkpoint)
+            if self._resumed is not None and self._tally.teacher_epochs < epochs:
+                self._replays["train"].restore(self._resumed["replays"]["train"])
         training(self.teacher)
         self._folder.make()
         while self._tally.teacher_epochs < epochs:
@@ -525,7 +531,7 @@ class Distiller:
         weights = self.current_weights
         if weights is not None:
             flipped = None if self.facts is None else self.facts.known_flips(self._tally.labels)
-            record |= describe_weights(weights, flipped)
+            record |= weight_figures(weights, flipped)
         return {**record, "seconds": dict(self.clock.seconds)}
 
     def _log_refresh(self) -> None:

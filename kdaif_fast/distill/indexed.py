@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
 from .._data import size_of
 from .._model import Batch, unpack_batch
@@ -53,13 +53,13 @@ class IndexedDataset(Dataset[IndexedSample]):
 class IndexedCollate:
     """Brings samples together as another collate function does, beside their indices."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
 
     def __call__(self, samples: Sequence[IndexedSample]) -> IndexedBatch:
         """From a list of IndexedSample."""
         indices = torch.tensor([sample.place for sample in samples], dtype=torch.int64)
-        return IndexedBatch(indices, self.collate([sample.sample for sample in samples]))
+        return IndexedBatch(indices, self.collate_fn([sample.sample for sample in samples]))
 
 
 def with_indices(data: Any) -> Any:
@@ -147,19 +147,29 @@ def sample_count(data: Any) -> int:
 
 
 def visited(data: Any) -> Tensor:
-    """The places that a loader with indices comes to, ascending: all, unless a sampler has a share of its own.
-
-    Of a DistributedSampler it is a share of this rank's that no other rank has, and that stays the same.
-    """
+    """The places that a loader with indices comes to, ascending: all, but for a SubsetRandomSampler."""
     if isinstance(data, (list, tuple)):
         return torch.cat([batch.indices for batch in data]).unique()
     sampler = getattr(data, "sampler", None)
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(list(sampler.indices), dtype=torch.int64).unique()
-    if isinstance(sampler, DistributedSampler):
-        return torch.arange(sampler.rank, sample_count(data), sampler.num_replicas)
     return torch.arange(sample_count(data))
+
+
+def own_share(data: Any, places: Tensor) -> Tensor:
+    """Of these places those that fall to this process, if the loader's sampler shares samples out over processes.
+
+    Each place falls to one process, and to the same one in every epoch: not what the sampler gives, which shuffles, and
+    repeats samples where they cannot be shared out evenly.
+    """
+    sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    for sharing in (sampler, batches, getattr(batches, "sampler", None)):
+        # Of torch and Lightning, and of Accelerate.
+        for rank, ranks in (("rank", "num_replicas"), ("process_index", "num_processes")):
+            if hasattr(sharing, rank) and hasattr(sharing, ranks):
+                return places[getattr(sharing, rank) :: getattr(sharing, ranks)]
+    return places
 
 
 def in_order(data: Any, indices: Tensor, batch_size: int) -> Any:

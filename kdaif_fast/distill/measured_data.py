@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .indexed import IndexedCollate, IndexedDataset, with_indices
+from .indexed import IndexedCollate, IndexedDataset, in_order, own_share, visited, with_indices
 
 SMALL_MODEL, LARGE_BATCH = 200_000, 1024
 """Up to so many parameters, the passes of a solve take batches of so many samples."""
@@ -25,11 +25,14 @@ def training_data(train: Any, batch_size: int | None) -> Any:
 
 def default_batch_size(model: nn.Module, loader: Any) -> int:
     """Of the passes that measure: the loader's, or a large one for a small model."""
-    own = getattr(loader, "batch_size", None)
-    if own is None:
-        own = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
+    own = _batch_size_of(loader)
     is_small = sum(p.numel() for p in model.parameters()) <= SMALL_MODEL
     return max(own, LARGE_BATCH) if is_small else own
+
+
+def _batch_size_of(loader: Any) -> int:
+    own = getattr(loader, "batch_size", None)
+    return own or getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 64
 
 
 def validation_data(val: Any) -> Any:
@@ -42,3 +45,12 @@ def validation_data(val: Any) -> Any:
     except TypeError:  # it does not know its length
         pass
     return val
+
+
+def own_validation_data(val: Any) -> Any:
+    """Of a loader whose sampler shares samples out over processes those of this process, each once."""
+    if not isinstance(val, DataLoader):
+        return val
+    places = visited(val)
+    own = own_share(val, places)
+    return val if len(own) == len(places) else in_order(val, own, _batch_size_of(val))

@@ -188,7 +188,7 @@ class Linear(_Scaled):
 class Drop:
     """W = 1 where phi <= 0, else 0. w(0) = 1. Meets conditions 1 and 2, with a jump instead of a slope.
 
-    The steepest of all: by UIDS's theorem the loss on data unlike the validation data is then not bounded by phi.
+    UIDS's bound on the loss under other distributions grows with a rule's slope: of this one it says nothing.
 
     Source: UIDS (arXiv 1912.01321), dropout by influence.
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .atomic_file import write_atomically
+from .._files import append_whole, write_whole
 
 LOG, TABLE = "log.jsonl", "log.csv"
 KINDS = ("epoch", "refresh")
@@ -70,8 +70,8 @@ class RunLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a record: "kind" ("epoch" or "refresh"), "epoch", "step", and numbers, texts, lists and mappings of them.
 
-        Raises TypeError, naming the place, for a value that is none of these, ValueError for a record of another kind;
-        nothing is written then.
+        Raises TypeError, naming the place, for a value that is none of these, ValueError for a record of another kind,
+        OSError where there is no room; log.jsonl is then as it was.
         """
         plain: dict[str, Any] = _plain(record, "record")
         if plain.get("kind") not in KINDS:
@@ -79,16 +79,12 @@ class RunLog:
         for key in ("epoch", "step"):
             if isinstance(plain.get(key), bool) or not isinstance(plain.get(key), int):
                 raise TypeError(f"record[{key!r}] is {plain.get(key)!r}, expected an int")
-        self._records.append(plain)
+        is_epoch = plain["kind"] == "epoch"
         if self._folder is not None:
-            whole_epoch = plain["kind"] == "epoch"
-            with (self._folder / LOG).open("ab") as file:
-                file.write(_line(plain))
-                file.flush()
-                if whole_epoch:
-                    os.fsync(file.fileno())
-            if whole_epoch:
-                self._add_row(plain)
+            append_whole(self._folder / LOG, _line(plain), to_disk=is_epoch)
+        self._records.append(plain)
+        if self._folder is not None and is_epoch:
+            self._add_row(plain)
         if self._board is not None:
             self._board.write(plain)
 
@@ -113,14 +109,14 @@ class RunLog:
 
     def _rewrite(self) -> None:
         assert self._folder is not None
-        write_atomically(self._folder / LOG, b"".join(map(_line, self._records)))
+        write_whole(self._folder / LOG, b"".join(map(_line, self._records)))
         self._write_table()
 
     def _write_table(self) -> None:
         assert self._folder is not None
         rows = [_row(record) for record in self._records if record["kind"] == "epoch"]
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
-        write_atomically(self._folder / TABLE, _csv(self._columns, rows, header=True))
+        write_whole(self._folder / TABLE, _csv(self._columns, rows, header=True))
 
     def _add_row(self, record: Mapping[str, Any]) -> None:
         assert self._folder is not None
@@ -128,8 +124,7 @@ class RunLog:
         if not self._columns or not set(row) <= set(self._columns):
             self._write_table()
             return
-        with (self._folder / TABLE).open("ab") as file:
-            file.write(_csv(self._columns, [row], header=False))
+        append_whole(self._folder / TABLE, _csv(self._columns, [row], header=False))
 
 
 def read_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -247,9 +242,11 @@ class _Board:
         for name, number in numbers(record).items():
             if name != "step":
                 self._writer.add_scalar(prefix + name, number, record["step"])
-        histogram = record.get("weight_histogram")
-        if histogram and histogram.get("edges"):
-            self._write_histogram(histogram["edges"], histogram["all"], record["step"])
+        histogram = record.get("weight_histogram") or {}
+        edges = histogram.get("edges")
+        for kind, counts in histogram.items():
+            if kind != "edges" and edges and len(counts) == len(edges) - 1:
+                self._write_histogram(f"weights/{kind}", edges, counts, record["step"])
         self._writer.flush()
 
     def purge(self, step: int) -> None:
@@ -263,10 +260,10 @@ class _Board:
             self._writer = None
             self._purge_step = None
 
-    def _write_histogram(self, edges: list[float], counts: list[float], step: int) -> None:
+    def _write_histogram(self, name: str, edges: list[float], counts: list[float], step: int) -> None:
         middles = [(low + high) / 2 for low, high in pairwise(edges)]
         self._writer.add_histogram_raw(
-            "weights",
+            name,
             min=edges[0],
             max=edges[-1],
             num=sum(counts),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .atomic_file import write_atomically
+from .._files import write_whole
 from .sample_contents import Content, describe_samples
 
 ARRAYS, CONTENTS = "samples.safetensors", "samples.json"
@@ -27,7 +28,7 @@ class SampleFacts:
     Args:
         flipped: bool [N]: which labels are known to be wrong.
         groups: a name or a number for each sample: source, language, annotator, whatever fairness is a question of.
-        class_names: of the labels 0, 1, ...
+        class_names: of the labels 0, 1, ...; or by label, as id2label of transformers has them.
         describe: index -> what to show of the sample: a text, an image (of Pillow, or an array), or anything else that
             `sample_contents.describe_samples` can show. Without it the data set's own items are shown.
         true_labels: int [N]: what the labels should be. `flipped` then follows from the labels, unless it is given.
@@ -45,7 +46,7 @@ class SampleFacts:
 
     flipped: Tensor | None = None
     groups: Sequence[int] | Sequence[str] | Tensor | None = None
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | Mapping[int, str] | None = None
     describe: Callable[[int], Any] | None = None
     true_labels: Tensor | None = None
     image_shape: tuple[int, ...] | None = None
@@ -62,14 +63,17 @@ class SampleFacts:
                 raise TypeError(f"facts.{name} is {value.dtype} {tuple(value.shape)}, expected {wanted}")
             object.__setattr__(self, name, value)
         if self.groups is not None:
-            groups = self.groups.tolist() if hasattr(self.groups, "tolist") else list(self.groups)
+            groups = [group.item() if hasattr(group, "item") else group for group in self.groups]
             if not all(isinstance(group, (str, int)) for group in groups):
                 raise TypeError("facts.groups has entries that are neither texts nor whole numbers")
             object.__setattr__(self, "groups", groups)
         if isinstance(self.class_names, str):
             raise TypeError(f"facts.class_names is the text {self.class_names!r}, expected a list of names")
         if self.class_names is not None:
-            object.__setattr__(self, "class_names", [str(name) for name in self.class_names])
+            named: Any = self.class_names
+            if isinstance(named, Mapping):
+                named = [named.get(label, label) for label in range(max(named, default=-1) + 1)]
+            object.__setattr__(self, "class_names", [str(name) for name in named])
         lengths = {name: len(value) for name, value in self._per_sample().items()}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"facts.{name} {length}" for name, length in lengths.items())
@@ -90,6 +94,14 @@ class SampleFacts:
         targets = targets.cpu()
         # Negative ones are unlabelled: neither right nor wrong.
         return (targets != self.true_labels) & (targets >= 0) & (self.true_labels >= 0)
+
+    @cached_property
+    def group_places(self) -> tuple[Tensor, list[str]]:
+        """The groups' names, numbers before texts, and of each sample the place of its group among them: int64 [N]."""
+        groups = self.groups or []
+        names = sorted(set(groups), key=lambda group: (isinstance(group, str), group))
+        place = {name: at for at, name in enumerate(names)}
+        return torch.tensor([place[group] for group in groups]), [str(name) for name in names]
 
     def _per_sample(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in ("flipped", "groups", "true_labels")}
@@ -177,13 +189,10 @@ def write_samples(
     arrays |= {"flipped": facts.known_flips(arrays.get("targets")), "true_labels": facts.true_labels}
     about: dict[str, Any] = {"class_names": facts.class_names}
     if facts.groups is not None:
-        names = sorted(set(facts.groups), key=lambda group: (isinstance(group, str), group))
-        place = {name: at for at, name in enumerate(names)}
-        arrays["groups"] = torch.tensor([place[group] for group in facts.groups])
-        about["group_names"] = [str(name) for name in names]
+        arrays["groups"], about["group_names"] = facts.group_places
     given = {name: array.detach().cpu().contiguous() for name, array in arrays.items() if array is not None}
     content = save(given, {"format": FORMAT, "about": json.dumps(about)})
-    write_atomically(Path(run_dir) / ARRAYS, content)
+    write_whole(Path(run_dir) / ARRAYS, content)
 
 
 def write_contents(
@@ -217,7 +226,7 @@ def write_contents(
         "top": top,
         "samples": [{"index": index, **asdict(content)} for index, content in contents.items()],
     }
-    write_atomically(Path(run_dir) / CONTENTS, json.dumps(told).encode())
+    write_whole(Path(run_dir) / CONTENTS, json.dumps(told).encode())
 
 
 def read_samples(run_dir: str | os.PathLike[str]) -> Samples:

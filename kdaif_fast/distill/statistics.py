@@ -128,7 +128,7 @@ class SampleStatistics:
         reference = self.reference
         with torch.inference_mode(False), torch.no_grad():
             if reference.is_inference():  # does not tell whether it was written to
-                return compute(reference.clone().to(wide_dtype(reference.dtype)))
+                return compute(reference.to(wide_dtype(reference.dtype)))
             kept = _of_references.get(reference)
             if kept is None or kept.version != reference._version:
                 kept = _of_references[reference] = _Kept(reference._version, {})

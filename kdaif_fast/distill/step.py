@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._model import Batch, Loss, call_model, sample_losses
+from .._model import Batch, DistillationLoss, Loss, call_model, sample_losses
 from .clock import Clock
 from .finite import FiniteWatch
 from .indexed import IndexedBatch, as_batch, on_device
+from .label_revision import LabelRevisionLoss
 from .mechanisms import Mechanism
 from .modes import evaluating, is_same_in_both_modes, unwrapped
 from .taught import teacher_logits
@@ -58,12 +59,17 @@ class JointStep:
         self._mechanism, self._weights = mechanism, weights
         self._device, self._autocast = device, autocast
         self._clock, self._watch = clock, watch
+        # Losses of the user's own may mean something by negative labels.
+        self._wants_classes = isinstance(loss, (DistillationLoss, LabelRevisionLoss)) or (
+            mechanism.trains_teacher and teacher_loss is None
+        )
         # Then the forward pass that the teacher is trained with is what the student hears, too.
         self._shares_forward = mechanism.trains_teacher and is_same_in_both_modes(unwrapped(teacher))
 
     def __call__(self, indexed: IndexedBatch, divisor: float) -> StepResult:
         """Add the gradients of sum_i w_i l_i / divisor of both networks."""
-        require_labels(indexed)
+        if self._wants_classes:
+            require_labels(indexed)
         batch = on_device(as_batch(indexed.batch), self._device)
         teacher_losses: Tensor | None = None
         with self._clock.part("teacher"), self._precision():
@@ -91,7 +97,8 @@ class JointStep:
 
     def teach(self, indexed: IndexedBatch, divisor: float) -> Tensor:
         """Add the gradients of sum_i l_i / divisor of the teacher alone; its losses, [n]."""
-        require_labels(indexed)
+        if self._teacher_loss is None:
+            require_labels(indexed)
         batch = on_device(as_batch(indexed.batch), self._device)._replace(teacher_logits=None)
         with self._clock.part("teacher"), self._precision():
             outputs = call_model(self._teacher, batch.inputs, "batch", updates_buffers=True)

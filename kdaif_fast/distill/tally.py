@@ -42,13 +42,17 @@ class Tally:
 
     def note_labels(self, indexed: IndexedBatch, samples: int) -> None:
         """Remember labels of N samples, where they are classes and on the CPU: for the report."""
-        targets = as_batch(indexed.batch).targets
+        targets = self._classes(as_batch(indexed.batch).targets)
         if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
             return
         if targets.device.type == "cpu" and indexed.indices.device.type == "cpu":
             if self.labels is None:
                 self.labels = torch.full((samples,), -1)
             self.labels[indexed.indices] = targets.long()
+
+    def _classes(self, targets: Any) -> Any:
+        """The labels of a batch, if these targets are any."""
+        return targets
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

@@ -78,6 +78,12 @@ class WeightBook:
         self._touched[indices] = True
         return averaged * self._factor if self.normalize else averaged
 
+    def forget(self, indices: Tensor) -> None:
+        """Put weight 1 in for these samples, as if they had never been measured."""
+        for values in (self._measured, self._combined, self._weights):
+            values[indices] = 1.0
+        self._seen[indices] = False
+
     def settle(self) -> None:
         """Take the mean that weights are divided by from the book as it is now."""
         seen = self._seen.to(self._weights)

@@ -36,14 +36,13 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
     if weights.dim() != 1 or len(weights) == 0:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected [N] with N > 0")
     weights = weights.detach().double().cpu()
-    below = (weights < 1).double()
     # The ends are the usual range (0, 2), or whatever contains all weights.
     finite = weights[weights.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     edges = torch.linspace(min(0.0, low), max(2.0, high), BINS + 1, dtype=torch.float64)
     figures: dict[str, Any] = {
         "mean_weight": float(weights.mean()),
-        "share_below_1": float(below.mean()),
+        "share_below_1": share_below_1(weights),
         "weight_quantiles": {"all": _quantiles(weights)},
         "weight_histogram": {"edges": edges.tolist(), "all": _counts(finite, edges)},
     }
@@ -58,9 +57,14 @@ def weight_figures(weights: Tensor, flipped: Tensor | None = None) -> dict[str, 
             figures["weight_quantiles"][name] = _quantiles(weights[group])
     if flipped.any() and not flipped.all():
         figures["flip_auc"] = chance_of_less(weights[flipped], weights[~flipped])
-        figures["flipped_below_1"] = float(below[flipped].mean())
-        figures["clean_below_1"] = float(below[~flipped].mean())
+        figures["flipped_below_1"] = share_below_1(weights[flipped])
+        figures["clean_below_1"] = share_below_1(weights[~flipped])
     return figures
+
+
+def share_below_1(weights: Tensor) -> float:
+    """The share of weights < 1: of samples found harmful; NaN of none."""
+    return float((weights < 1).double().mean())
 
 
 def chance_of_less(first: Tensor, second: Tensor) -> float:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._config import ConfigError, Importer, load_weights, read_toml, require_known, to_device
 from .scores import influence_scores
 
 EXAMPLE = """\
@@ -43,27 +41,13 @@ OPTIONS = tuple(sorted(set(inspect.signature(influence_scores).parameters) - _NO
 FLAGS = ("keep_graphs", "resume", "strict")
 
 
-class ConfigError(Exception):
-    """Something in the file that cannot be used; the message names the key."""
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The file's settings, checked for names and types; paths are relative to the file's folder.
 
     Raises ConfigError, naming the key.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    try:
-        config = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    _require_known(path, config, KEYS, "")
+    config = read_toml(path)
+    require_known(path, config, KEYS)
     for key in REQUIRED:
         if key not in config:
             raise ConfigError(f"{path}: the key {key!r} is missing")
@@ -76,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     options = config.setdefault("options", {})
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: options is {options!r}, expected a table [options]")
-    _require_known(path, options, OPTIONS, "options.")
+    require_known(path, options, OPTIONS, "options.")
     for key in FLAGS:
         if not isinstance(options.get(key, False), bool):
             raise ConfigError(f"{path}: options.{key} is {options[key]!r}, expected true or false")
@@ -107,17 +91,14 @@ def scores_from_config(
         As influence_scores.
     """
     config = read_config(path)
-    module = _import(path, config["module"])
+    module = Importer(path).module("module", config["module"])
     model = _get(path, module, "model", config)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{path}: model gave a {type(model).__name__}, expected a torch.nn.Module")
     if "checkpoint" in config:
-        _load(path, model, Path(config["checkpoint"]))
+        load_weights(path, "checkpoint", model, Path(config["checkpoint"]))
     if "device" in config:
-        try:
-            model.to(config["device"])
-        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-            raise ConfigError(f"{path}: device is {config['device']!r}: {error}") from error
+        to_device(path, "device", config["device"], model)
     train, val = (_get(path, module, key, config) for key in ("train", "val"))
     phi, solution = influence_scores(
         model,
@@ -145,34 +126,6 @@ def _named(order: list[int], phi: Tensor, top: int, sign: int) -> str:
     return ", ".join(named) or "none"
 
 
-def _require_known(path: Path, table: Mapping[str, Any], known: tuple[str, ...], prefix: str) -> None:
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{path}: the key {prefix + key!r} is unknown, expected one of {', '.join(known)}")
-
-
-def _import(path: Path, name: str) -> ModuleType:
-    """The module that the key `module` names; a file's own folder can be imported from, as if it were run."""
-    folder = path.parent.resolve()
-    file = folder / name
-    try:
-        if not name.endswith(".py"):
-            sys.path.insert(0, str(folder))
-            return importlib.import_module(name)
-        if not file.is_file():
-            raise ConfigError(f"{path}: module is {name!r}, but there is no file {file}")
-        sys.path.insert(0, str(file.parent))
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module  # where workers of a DataLoader look for its classes
-        spec.loader.exec_module(module)
-        return module
-    except ImportError as error:
-        raise ConfigError(f"{path}: module is {name!r}, which cannot be imported: {error}") from error
-
-
 def _get(path: Path, module: ModuleType, key: str, config: Mapping[str, Any], call: bool = True) -> Any:
     """What the module has under the name that a key gives; functions are called."""
     name = config[key]
@@ -181,18 +134,3 @@ def _get(path: Path, module: ModuleType, key: str, config: Mapping[str, Any], ca
     value = getattr(module, name)
     is_function = inspect.isroutine(value) or inspect.isclass(value)
     return value() if call and is_function else value
-
-
-def _load(path: Path, model: nn.Module, checkpoint: Path) -> None:
-    try:
-        if checkpoint.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(checkpoint)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except ImportError as error:
-        raise ConfigError(f"{path}: checkpoint is {str(checkpoint)!r}: pip install safetensors") from error
-    except Exception as error:  # whatever unpickling may raise
-        raise ConfigError(f"{path}: checkpoint is {str(checkpoint)!r}, which cannot be loaded: {error}") from error

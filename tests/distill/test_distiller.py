@@ -5,7 +5,6 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from kdaif_fast import DistillationLoss
 from kdaif_fast.distill import Distiller, IndexedBatch, LossNotFiniteError, SampleFacts, label_revision
-from kdaif_fast.distill.evaluation import area_under_roc, describe_weights
 
 from .cases import CLASSES, FEATURES, SOLVE, adam, loaders, make, network, samples, sgd
 
@@ -150,6 +149,18 @@ def test_label_revision_with_data_selection():
         make(**{**label_revision(share=0.5), "refresh": "step"}).fit(*loaders(), 1)
 
 
+def test_negative_labels_are_the_business_of_ones_own_losses():
+    x, y, _ = samples(24)
+    data = TensorDataset(x, 2 * (y % 2) - 1)
+
+    def hinge(outputs, targets, teacher_logits=None):
+        return (1 - targets * outputs[:, 0]).clamp(min=0)
+
+    distiller = make(mechanism="M3", loss=hinge, teacher_loss=hinge, influence={"curvature": "identity"})
+    records = distiller.fit(DataLoader(data, batch_size=6), DataLoader(list(data), batch_size=24), 1)
+    assert records[0]["student_loss"] > 0
+
+
 class TestBadInput:
     def test_another_number_of_classes(self):
         teacher, student = network(), nn.Linear(FEATURES, CLASSES + 1)
@@ -261,27 +272,6 @@ class TestBadInput:
         distiller.step(next(iter(train)))
         assert all(p.isfinite().all() for p in distiller.student.parameters())
         assert len(before) == 4
-
-
-def test_area_under_roc_is_scikit_learns():
-    from sklearn.metrics import roc_auc_score
-
-    generator = torch.Generator().manual_seed(0)
-    score = torch.randint(0, 9, (60,), generator=generator).double()
-    positive = torch.rand(60, generator=generator) < 0.3
-    assert area_under_roc(score, positive) == pytest.approx(roc_auc_score(positive, score))
-    assert area_under_roc(score, torch.zeros(60, dtype=torch.bool)) != area_under_roc(score, positive)
-
-
-def test_weights_are_described():
-    weights, flipped = torch.tensor([0.5, 1.0, 1.5, 0.2]), torch.tensor([True, False, False, True])
-    found = describe_weights(weights, flipped)
-    assert found["mean_weight"] == pytest.approx(0.8)
-    assert found["share_below_1"] == 0.5
-    assert (found["flip_auc"], found["flipped_below_1"], found["clean_below_1"]) == (1.0, 1.0, 0.0)
-    histogram = found["weight_histogram"]
-    assert sum(histogram["all"]) == 4
-    assert [a + b for a, b in zip(histogram["clean"], histogram["flipped"], strict=True)] == histogram["all"]
 
 
 def test_default_loss_is_the_distillation_loss():

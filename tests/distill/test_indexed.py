@@ -16,6 +16,7 @@ from kdaif_fast.distill import IndexedBatch, IndexedCollate, with_indices
 from kdaif_fast.distill.indexed import (
     as_batch,
     in_order,
+    own_share,
     require_indices,
     sample_count,
     shared_samples,
@@ -104,7 +105,9 @@ def test_what_is_visited():
     drawn = with_indices(DataLoader(DATA, batch_size=2, sampler=WeightedRandomSampler([1.0] * 10, 10)))
     assert visited(drawn).tolist() == list(range(10))
     ranks = [DistributedSampler(DATA, num_replicas=3, rank=rank) for rank in range(3)]
-    shares = [visited(with_indices(DataLoader(DATA, batch_size=2, sampler=sampler))).tolist() for sampler in ranks]
+    shares = [
+        own_share(DataLoader(DATA, batch_size=2, sampler=sampler), torch.arange(10)).tolist() for sampler in ranks
+    ]
     assert sorted(place for share in shares for place in share) == list(range(10))
 
 

@@ -145,7 +145,9 @@ def test_svg_is_well_formed_and_of_the_page():
 def test_the_users_settings_neither_matter_nor_change(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # no global figures: importing it would raise
     expected = drawn()
-    with mpl.rc_context({"svg.fonttype": "path", "axes.grid": False, "font.size": 30, "lines.linewidth": 9}):
+    with mpl.rc_context(
+        {"svg.fonttype": "path", "axes.grid": False, "font.size": 30, "lines.linewidth": 9, "xtick.labelsize": 40}
+    ):
         names = [name for name in mpl.rcParams if name != "backend"]  # which is chosen when it is looked at
         before = {name: mpl.rcParams[name] for name in names}
         assert drawn() == expected

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kdaif_fast
-from kdaif_fast.distill import atomic_file
+from kdaif_fast import _files
 from kdaif_fast.distill.run_log import RunLog, numbers, read_log
 
 
@@ -230,16 +230,33 @@ def test_a_kill_at_any_moment_leaves_a_log_to_go_on_with(tmp_path):
         assert [int(row["epoch"]) for row in rows(tmp_path)][: max(told, default=1)] == found[: max(told, default=1)]
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    atomic_file.write_atomically(path, b"old")
+def test_a_disk_without_room_cuts_no_line(tmp_path, monkeypatch):
+    log = RunLog(tmp_path)
+    log.write(epoch(1))
+    before = (tmp_path / "log.jsonl").read_bytes()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_file.os, "fsync", full)
+    with monkeypatch.context() as patched:
+        patched.setattr(_files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write(epoch(2))
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    log.write(epoch(3))
+    assert [record["epoch"] for record in log.records()] == [record["epoch"] for record in read_log(tmp_path)] == [1, 3]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    _files.write_whole(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        atomic_file.write_atomically(path, b"new")
+        _files.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -272,7 +289,7 @@ def test_tensorboard_gets_numbers_and_histogram_and_forgets_what_is_rewound(tmp_
     ]
     assert [event.step for event in events.Scalars("refresh/residual")] == [0, 10, 20]
     assert [event.value for event in events.Scalars("seconds_student")] == [1.5, 1.5]
-    (first, _) = events.Histograms("weights")
+    (first, _) = events.Histograms("weights/all")
     assert first.histogram_value.bucket_limit == [1.0, 2.0]
     assert first.histogram_value.bucket == [3.0, 1.0]
 

@@ -38,11 +38,17 @@ def test_the_least_there_is(tmp_path):
 
 
 def test_groups_may_be_numbers(tmp_path):
-    for groups in (torch.tensor([2, 2, 10, 10, 2, 10]), [2, 2, 10, 10, 2, 10]):
+    numbers = torch.tensor([2, 2, 10, 10, 2, 10])
+    for groups in (numbers, numbers.tolist(), numbers.numpy(), list(numbers.numpy())):
         write_samples(tmp_path, W, PHI, facts=SampleFacts(groups=groups))
         assert read_samples(tmp_path).group_names == ["2", "10"]
     write_samples(tmp_path, W, PHI, facts=SampleFacts(groups=["x", 2, "x", 2, 2, 10]))
     assert read_samples(tmp_path).group_names == ["2", "10", "x"]
+
+
+def test_class_names_by_label(tmp_path):
+    write_samples(tmp_path, W, PHI, LABELS, SampleFacts(class_names={0: "no", 2: "maybe"}))
+    assert [read_samples(tmp_path).class_name(label) for label in range(4)] == ["no", "1", "maybe", "3"]
 
 
 def test_given_flips_come_before_those_of_labels(tmp_path):
@@ -66,6 +72,8 @@ def test_who_harms_and_who_helps(tmp_path):
     assert (found.harmful(3), found.helpful(3), found.measured) == ([1], [2], True)
     write_samples(tmp_path, torch.ones(3), torch.zeros(3))
     assert read_samples(tmp_path).harmful(3) == []
+    write_samples(tmp_path, torch.ones(3000), torch.arange(3000) % 2 * 0.5)
+    assert read_samples(tmp_path).harmful(24) == list(range(1, 48, 2))
 
 
 def test_contents_of_the_most_harmful_and_most_helpful(tmp_path):

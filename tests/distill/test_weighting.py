@@ -193,6 +193,13 @@ def test_its_state_goes_into_another_one():
     assert len(first.measurements) == len(second.measurements) == 1
 
 
+def test_only_the_last_measurements_are_kept():
+    weighting = weighting_of(history=2)
+    for epoch in range(4):
+        weighting.start_epoch(epoch)
+    assert [epoch for epoch, _ in weighting.measurements] == [2, 3]
+
+
 def test_a_solve_that_went_nowhere_is_told():
     weighting = weighting_of(influence={"tol": 1e-6, "max_iter": 1, "damping": 1e-6})
     with pytest.warns(ConvergenceWarning, match="relative residual"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..atomic_file import write_atomically
+from ..._files import write_whole
 from ..run_log import read_log
 
 PAGE = "report.html"
@@ -45,5 +45,5 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     from .page import page
 
     path = folder / PAGE
-    write_atomically(path, page(folder, records).encode("utf-8", "replace"))
+    write_whole(path, page(folder, records).encode("utf-8", "replace"))
     return path

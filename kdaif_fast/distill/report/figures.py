@@ -15,6 +15,9 @@ WIDE, HALF = (7.4, 2.5), (3.6, 2.35)  # inches
 MANY = 40
 """Points of a line from which on they are not marked one by one."""
 
+LARGEST = 1e30
+"""Losses of a run that went wrong can be near the end of what numbers there are, where axes overflow."""
+
 PARTS = {"data": "grey", "teacher": "orange", "student": "blue", "influence": "purple", "evaluation": "green"}
 
 Record = Mapping[str, Any]
@@ -24,6 +27,12 @@ def series(epochs: Sequence[Record], key: str) -> np.ndarray:
     """A number of every epoch; NaN where it is missing."""
     values = [record.get(key) for record in epochs]
     return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], dtype=float)
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+    """The values, with NaN for what is not finite, or so large that an axis cannot hold it."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(values) < LARGEST, values, math.nan)
 
 
 def accuracy_figure(epochs: Sequence[Record]) -> Any | None:
@@ -118,7 +127,8 @@ def time_figure(epochs: Sequence[Record]) -> Any | None:
     base = np.zeros(len(at))
     spare = iter(["gold", "muted", "ink"] * len(names))
     for name in names:
-        seconds = np.nan_to_num(series([record.get("seconds") or {} for record in epochs], name))
+        seconds = drawable(series([record.get("seconds") or {} for record in epochs], name))
+        seconds = np.nan_to_num(seconds).clip(min=0)
         colour = COLOURS[PARTS.get(name) or next(spare)]
         # One path a part, however many epochs; after a gap in the epochs the next bar would be too wide.
         edges = np.append(at - 0.5, at[-1] + 0.5)
@@ -174,14 +184,13 @@ def _lines(
 ) -> Any | None:
     """A line for each of the keys that has any finite number; None if none has."""
     at = series(epochs, "epoch")
-    lines = {key: scale * series(epochs, key) for key in labels}
+    lines = {key: drawable(scale * series(epochs, key)) for key in labels}
     lines = {key: line for key, line in lines.items() if np.isfinite(line).any()}
     if not lines:
         return None
     figure, axes = _axes(size)
     for key, line in lines.items():
         label, colour, dashes = labels[key]
-        line = np.where(np.isfinite(line), line, math.nan)
         axes.plot(at, line, label=label, color=COLOURS[colour], linestyle=dashes, marker=_marker(at), markersize=3)
     axes.set(xlabel="epoch", ylabel=what)
     if limits:

@@ -120,13 +120,17 @@ def _key_facts(epochs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             f"w < 1: {percent(last.get('flipped_below_1'))} of flipped, {percent(last.get('clean_below_1'))} of clean"
         )
         facts.append(_fact("AUC of finding flipped labels", decimals(last["flip_auc"]), detail))
-    spent = [record["seconds"] for record in epochs if isinstance(record.get("seconds"), Mapping)]
-    total = sum(sum(seconds.values()) for seconds in spent)
+    influence, total = _time_spent(epochs)
     if total > 0:
-        influence = sum(seconds.get("influence", 0.0) for seconds in spent)
         detail = f"{seconds_text(influence)} of {seconds_text(total)}"
         facts.append(_fact("time spent on influence", percent(influence / total), detail))
     return facts
+
+
+def _time_spent(epochs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Seconds of influence, and of everything."""
+    spent = [pair for record in epochs for pair in (record.get("seconds") or {}).items() if math.isfinite(pair[1])]
+    return sum(seconds for part, seconds in spent if part == "influence"), sum(seconds for _, seconds in spent)
 
 
 def _fact(name: str, value: str, detail: str) -> dict[str, str]:

@@ -242,7 +242,7 @@ class InfluenceWeighting:
             else:
                 measured, source = own, self._taught(own)
                 phi, solution = self._scores(source, measured, solved)
-            # Ascending, so that a rule that draws does so as it would on one process.
+            # Ascending, so that a rule that draws does so as it would on one process, and in any order of the data.
             all_places, order = self._over_ranks(measured).sort()
             all_phi = self._over_ranks(phi, order)
             self._reference = all_phi
@@ -439,9 +439,9 @@ class InfluenceWeighting:
 
     def _over_ranks(self, tensor: Tensor, order: Tensor | None = None) -> Tensor:
         """What all ranks have of it, one after another, or in this order."""
-        if self._group is None:
-            return tensor
-        found = torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
+        found = tensor
+        if self._group is not None:
+            found = torch.cat([part.to(tensor.device) for part in gather_over_ranks(tensor.cpu(), self._group)])
         return found if order is None else found[order.to(found.device)]
 
     def _note_steps(self) -> None:

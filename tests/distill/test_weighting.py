@@ -99,6 +99,34 @@ def test_forms_of_training_data(train):
     assert len(weighting.weights) == 24
 
 
+@pytest.mark.parametrize("solve_samples", [None, 15])
+def test_lists_of_batches_in_any_order(solve_samples):
+    """Batches that were kept of a loader that shuffles; a sample that is there twice is measured once."""
+    train, val = loaders(flip=0.3)
+    x, y = train.dataset.tensors
+    seen = {}
+
+    def rule(stats, phi, epoch):
+        seen.update(targets=stats.targets, losses=stats.losses, indices=stats.indices)
+        return sigmoid_weights(phi)
+
+    torch.manual_seed(0)
+    model = network()
+    batches = [*with_indices(train)]
+    batches.append(batches[1])
+    weighting = InfluenceWeighting(model, batches, val, rule=rule, solve_samples=solve_samples, influence=TIGHT)
+    reference = InfluenceWeighting(model, train, val, influence=TIGHT)
+    weighting.start_epoch(0)
+    reference.start_epoch(0)
+    if solve_samples is None:
+        torch.testing.assert_close(weighting.phi, reference.phi, rtol=1e-3, atol=1e-4)
+    assert torch.corrcoef(torch.stack([weighting.phi, reference.phi]))[0, 1] > 0.9
+    assert torch.equal(seen["indices"], torch.arange(24))
+    assert torch.equal(seen["targets"], y)
+    with torch.no_grad():
+        torch.testing.assert_close(seen["losses"], cross_entropy(model(x), y, reduction="none"))
+
+
 class TestRules:
     """What a rule of one's own is given, when all are measured and in a step."""
 

@@ -242,7 +242,7 @@ class InfluenceWeighting:
             else:
                 measured, source = own, self._taught(own)
                 phi, solution = self._scores(source, measured, solved)
-            # Ascending, so that a rule that draws does so as it would on one process.
+            # Ascending, so that a rule that draws does so as it would on one process, and in any order of the data.
             all_places, order = self._over_ranks(measured).sort()
             all_phi = self._over_ranks(phi, order)
             self._reference = all_phi

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .._distributed import Group, rank_in
 from .._model import DistillationLoss, Loss
 from .._warn import warn_user
-from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
 from .evaluation import accuracy
@@ -23,18 +22,19 @@ from .indexed import IndexedBatch, has_indices, require_indices, sample_count, w
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
-from .progress import TrainingProgress
-from .random_states import random_state, set_random_state
-from .replay import EpochReplay
 from .rules import WeightRule, make_rule
-from .run_folder import RunFolder
-from .samples_file import SampleFacts
+from .runs.checkpoint import read_state, write_state
+from .runs.progress import TrainingProgress
+from .runs.random_states import random_state, set_random_state
+from .runs.replay import EpochReplay
+from .runs.run_folder import RunFolder
+from .runs.samples_file import SampleFacts
+from .runs.weight_figures import weight_figures
 from .schedule import check_counts, check_schedule
 from .settings_told import optimizer_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
-from .weight_figures import weight_figures
 from .weighting import InfluenceWeighting
 
 

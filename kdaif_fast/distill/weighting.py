@@ -25,7 +25,7 @@ from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
 from .schedule import check_counts, check_schedule, require_one_pass
-from .soft_targets import most_likely
+from .semi.soft_targets import most_likely
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kdaif_fast import DistillationLoss
-from kdaif_fast.distill.label_revision import label_revision
+from kdaif_fast.distill import label_revision
 from kdaif_fast.distill.rules import OwnLoss, Shuffled, Sigmoid
 
 from .problems import Data

@@ -15,7 +15,7 @@ from .problems import Data
 
 
 class Settings(NamedTuple):
-    """What all runs share: one setting, which was chosen on seeds from 100 on, for all problems and methods."""
+    """What all runs share: one setting for all problems and methods, compared with others on seeds from 100 on only."""
 
     epochs: int = 30
     batch: int = 64

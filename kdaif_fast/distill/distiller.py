@@ -118,7 +118,7 @@ class Distiller:
         combine: str = "mean",
         normalize: bool = False,
         influence: Mapping[str, Any] | None = None,
-        solve_samples: int | None = 4096,
+        solve_samples: int | None = 2048,
         solve_every: int = 1,
         batch_size: int | None = None,
         history: int | None = 100,

@@ -261,7 +261,7 @@ def _read_influence(influence: Section) -> dict[str, Any]:
         options["solver_options"] = influence.settings("solver_options")
     return {
         "influence": options,
-        "solve_samples": influence.integer("solve_samples", 4096, least=1),
+        "solve_samples": influence.integer("solve_samples", 2048, least=1),
         "solve_every": influence.integer("solve_every", 1, least=1),
         "batch_size": influence.integer("batch_size", None, least=1),
         "params": influence.texts("params", None),

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import torch
-from kdaif_fast.distill.config.reading.assembly import assemble
 from safetensors.torch import load_file
 
+from kdaif_fast.distill.config.assembly import assemble
 from kdaif_fast.distill.config.reading import read_config
 
 from .config_project import CONFIG, changed, refuses, succeeds

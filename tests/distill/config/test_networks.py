@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from kdaif_fast.distill.config.reading.networks import build_model
 
 from kdaif_fast._config import ConfigError, Importer
 from kdaif_fast.distill.config.data import Loaded
+from kdaif_fast.distill.config.networks import build_model
 from kdaif_fast.distill.config.reading import ModelOptions, Named
 from kdaif_fast.distill.runs.samples_file import SampleFacts
 

@@ -5,8 +5,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from kdaif_fast.distill.config.reading.command import MAY_CHANGE, OWN_FILES
 
+from kdaif_fast.distill.config.command import MAY_CHANGE, OWN_FILES
 from kdaif_fast.distill.config.data.columns import COLUMNS
 from kdaif_fast.distill.config.data.options import COMMON, KINDS
 from kdaif_fast.distill.config.reading import (

@@ -168,7 +168,7 @@ def test_parts_of_one_data_set():
     pseudo.renew([LOGITS])
     found = {i: x for batch in loader for i, x, _ in zip(*flat(batch), strict=True)}
     assert found == {0: 1.0, 1: 7.0, 2: 2.0, 3: 4.0, 4: 9.0}
-    assert not isinstance(loader.collate_fn.collate, IndexedCollate)
+    assert not isinstance(loader.collate_fn.collate_fn, IndexedCollate)
 
 
 @pytest.mark.parametrize(

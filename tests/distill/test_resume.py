@@ -277,7 +277,7 @@ def test_what_does_not_fit_changes_nothing(other, tmp_path):
     data = loaders(30 if other == "samples" else 24)
     second.prepare(*data)
     before = state_of(second)
-    with pytest.raises(ValueError, match="checkpoint's|24 samples, expected 30"):
+    with pytest.raises(ValueError, match=r"checkpoint's|24 samples, expected 30"):
         second.fit(*data, 2)
     assert_same_bits(before, state_of(second))
     assert not second.student_optimizer.state

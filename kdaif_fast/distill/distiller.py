@@ -17,15 +17,17 @@ from .clock import Clock
 from .epochs import replays_of, set_epoch
 from .evaluation import accuracy
 from .finite import FiniteWatch, LossNotFiniteError
+from .fitting_state import require_fitting
 from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
+from .measured_data import validation_data
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .rules import WeightRule, make_rule
 from .runs.checkpoint import read_state, write_state
 from .runs.progress import TrainingProgress
-from .runs.random_states import random_state, set_random_state
+from .runs.random_states import random_state, set_random_state, unchanged_randomness
 from .runs.replay import EpochReplay
 from .runs.run_folder import RunFolder
 from .runs.samples_file import SampleFacts
@@ -192,6 +194,7 @@ class Distiller:
         self._waiting = 0  # batches whose gradients wait for their step
         self._replays: dict[str, EpochReplay] = {}
         self._resumed: dict[str, Any] | None = None
+        self._unused: dict[str, Any] | None = None  # a weighting's state that was loaded before there were data
 
     @property
     def run_dir(self) -> Path | None:
@@ -237,15 +240,18 @@ class Distiller:
         if self.mechanism.weighs and self._given is None:
             if val_loader is None:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
-            if self.weighting is None:
-                self.weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
-                self._joint = None  # made without, if the teacher was trained alone
+            weighting = InfluenceWeighting(self.student, train, val_loader, **self._weighting_options)
+            state = self._state_of_weighting()
+            if state is not None:  # of other data before, or of a checkpoint
+                weighting.load_state_dict(state)
+            self.weighting, self._joint, self._unused = weighting, None, None
         if self._given is not None and len(self._given.weights) != sample_count(train):
             raise ValueError(
                 f"{len(self._given.weights)} weights are given for training data of {sample_count(train)} samples"
             )
         if val_loader is not None:
-            first = next(iter([val_loader] if isinstance(val_loader, (tuple, Mapping)) else val_loader), None)
+            with unchanged_randomness():  # as a run that is resumed looks again
+                first = next(iter(validation_data(val_loader)), None)
             if first is None:
                 raise ValueError("val_loader is empty: it gave no batch")
             require_same_classes(self.teacher, self.student, first, self._device)
@@ -314,20 +320,23 @@ class Distiller:
         if self.teacher_optimizer is None:
             raise ValueError("teacher_optimizer is None, but fit_teacher trains the teacher")
         train = train_loader if has_indices(train_loader) else with_indices(train_loader)
-        self._replays = replays_of(train=train)
+        # By a name of its own, as fit's loader can be another one.
+        self._replays = replays_of(teacher=train)
+        replay = self._replays["teacher"]
         if resume and self._folder.has_checkpoint:
             self.load(self._checkpoint)
-            if self._resumed is not None and self._tally.teacher_epochs < epochs:
-                self._replays["train"].restore(self._resumed["replays"]["train"])
+            if self._resumed is not None and "teacher" in self._resumed["replays"]:
+                replay.restore(self._resumed["replays"]["teacher"])
         training(self.teacher)
         self._folder.make()
         while self._tally.teacher_epochs < epochs:
             set_epoch(train, self._tally.teacher_epochs)
-            for given in train:
+            for given in replay.start():
                 indexed = require_indices(given)
                 self._joint_step().teach(indexed, len(indexed.indices))
                 take_step(self.teacher_optimizer, self.clip_norm)
             end_epoch(self.teacher_scheduler)
+            self._watch.flush()
             self._tally.teacher_epochs += 1
             self._save_run()
 
@@ -391,7 +400,10 @@ class Distiller:
         """What `save` writes: tensors and plain values."""
         return {
             "settings": self._settings(),
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "parts": {
+                **{name: part.state_dict() for name, part in self._parts().items()},
+                **({} if self._unused is None else {"weighting": self._unused}),
+            },
             "tally": self._tally.state_dict(),
             "waiting": self._waiting,
             "gradients": self._gradients() if self._waiting else None,
@@ -402,15 +414,24 @@ class Distiller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what state_dict gave; ValueError, and nothing changed, if it is of other settings or networks."""
+        if not isinstance(state, dict) or not {"settings", "parts", "tally", "replays"} <= set(state):
+            raise ValueError("the state is none that a Distiller's state_dict or save gives")
         mine, its = self._settings(), state["settings"]
         for name in mine:
             if mine[name] != its.get(name):
                 raise ValueError(f"the checkpoint has {name} {its.get(name)!r}, but this run {mine[name]!r}")
-        parts = self._parts()
-        if set(parts) != set(state["parts"]):
-            raise ValueError(f"the checkpoint has {sorted(state['parts'])}, but this run {sorted(parts)}")
+        parts, its_parts = self._parts(), dict(state["parts"])
+        unused = None
+        if self.weighting is None:
+            unused = its_parts.pop("weighting", None)  # prepare makes what it is for
+        elif "weighting" not in its_parts and not state["tally"]["steps"]:
+            del parts["weighting"]  # of the teacher's epochs, before there was any
+        if set(parts) != set(its_parts):
+            raise ValueError(f"the checkpoint has {sorted(its_parts)}, but this run {sorted(parts)}")
+        require_fitting(parts, its_parts)
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(its_parts[name])
+        self._unused = unused
         self._tally.load_state_dict(state["tally"])
         self._waiting = state["waiting"]
         self._set_gradients(state["gradients"])
@@ -495,9 +516,9 @@ class Distiller:
             for name, state in resumed["replays"].items():
                 if name in self._replays:
                     self._replays[name].restore(state)
-            state = resumed["replays"]["train"]
-            if state["start"] is not None:
-                return replay.resume(state, then=resumed["random"])
+            place = resumed["replays"].get("train")  # not there, if it is of the teacher's epochs
+            if place is not None and place["start"] is not None:
+                return replay.resume(place, then=resumed["random"])
             set_random_state(resumed["random"])
         self._tally.new_epoch()
         self.clock.reset()
@@ -525,7 +546,8 @@ class Distiller:
     def _record(self, val_loader: Any, test_loader: Any) -> dict[str, Any]:
         """What is to be told of the epoch that has ended."""
         record: dict[str, Any] = {"kind": "epoch", "epoch": self.epoch, "step": self.steps, **self._tally.mean_losses()}
-        with self.clock.part("evaluation"):
+        # What is told decides nothing; and workers that stay draw a seed only when they are started.
+        with self.clock.part("evaluation"), unchanged_randomness():
             for prefix, data in (("", val_loader), ("test_", test_loader)):
                 if data is not None:
                     record[f"{prefix}student_accuracy"] = accuracy(self.student, data)
@@ -543,6 +565,9 @@ class Distiller:
     def _save_run(self) -> None:
         if self.run_dir is not None:
             self.save(self._checkpoint)
+
+    def _state_of_weighting(self) -> dict[str, Any] | None:
+        return self._unused if self.weighting is None else self.weighting.state_dict()
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own, by name."""

@@ -19,7 +19,8 @@ def replays_of(**loaders: Any) -> dict[str, EpochReplay]:
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell samplers that shuffle by epoch, as DistributedSampler does."""
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+    batches = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
         tell: Callable[[int], Any] | None = getattr(sampler, "set_epoch", None)
         if tell is not None:
             tell(epoch)

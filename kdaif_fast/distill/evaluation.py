@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._model import call_model
+from .measured_data import validation_data
 from .modes import device_of, evaluating, unwrapped
 from .taught import Taught
 
@@ -19,7 +20,7 @@ def accuracy(model: nn.Module, data: Any) -> float | None:
     right: Tensor | int = 0
     count = 0
     with evaluating(model):
-        for batch in Taught(data, None, device_of(model)):
+        for batch in Taught(validation_data(data), None, device_of(model)):
             outputs = call_model(model, batch.inputs, "a batch for evaluation", updates_buffers=True)
             labels = batch.targets
             if not _are_classes(outputs, labels):

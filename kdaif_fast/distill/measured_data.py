@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +36,14 @@ def _batch_size_of(loader: Any) -> int:
 
 
 def validation_data(val: Any) -> Any:
-    """Batches of validation samples; ValueError if there is none."""
+    """Batches of validation samples; ValueError if there is none, TypeError if they can be had only once."""
     if isinstance(val, (tuple, Mapping)):
         return [val]
+    if isinstance(val, Iterator) or not isinstance(val, Iterable):
+        raise TypeError(
+            f"val is a {type(val).__name__}, expected labelled batches that can be gone through again and again: a "
+            "DataLoader, a list of batches, or one batch"
+        )
     try:
         if len(val) == 0:
             raise ValueError("val is empty: influence is on the loss of its samples")

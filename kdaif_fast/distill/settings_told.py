@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -12,7 +13,12 @@ def told(part: Any) -> str | None:
     """Functions and classes by name, data classes with their values."""
     if part is None:
         return None
-    return repr(part) if is_dataclass(part) else getattr(part, "__qualname__", type(part).__qualname__)
+    # Without addresses, which functions among the values have.
+    return (
+        re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+        if is_dataclass(part)
+        else getattr(part, "__qualname__", type(part).__qualname__)
+    )
 
 
 def optimizer_told(optimizer: Optimizer | None) -> str | None:

@@ -123,11 +123,15 @@ class WeightBook:
             "factor": self._factor,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another book of as many samples held; ValueError for another number."""
+    def require_fitting(self, state: dict[str, Any]) -> None:
+        """ValueError if the state is of another number of samples."""
         found = len(state["weights"])
         if found != len(self):
             raise ValueError(f"the weights are of {found} samples, expected {len(self)}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another book of as many samples held; ValueError for another number."""
+        self.require_fitting(state)
         for name in ("measured", "combined", "weights", "seen", "touched", "factor"):
             mine = getattr(self, f"_{name}")
             setattr(self, f"_{name}", state[name].to(mine).clone())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._distributed import Group, gather_over_ranks
-from .._model import Batch, Loss, Params, run_model, sample_losses
+from .._model import Batch, Loss, Params, run_model, sample_losses, select_parameters
 from .._warn import warn_user
 from ..influence import influence_scores
 from ..ops import RowStats, row_stats
@@ -327,13 +327,18 @@ class InfluenceWeighting:
             "record": self.record,
         }
 
+    def require_fitting(self, state: dict[str, Any]) -> None:
+        """ValueError if the state is of another number of samples or of parameters."""
+        self._book.require_fitting(state["book"])
+        direction = state["direction"]
+        expected = sum(p.numel() for p in select_parameters(self._plain, self._params).values())
+        if direction is not None and direction.numel() != expected:
+            raise ValueError(f"the state's direction has {direction.numel()} elements, expected {expected}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the weighting that gave this state would; ValueError if it was of other samples or parameters."""
+        self.require_fitting(state)
         direction = state["direction"]
-        if direction is not None and self._direction is not None and direction.shape != self._direction.shape:
-            raise ValueError(
-                f"the state's direction has {direction.numel()} elements, expected {self._direction.numel()}"
-            )
         self._book.load_state_dict(state["book"])
         self._phi = state["phi"].to(self._device).clone()
         self._direction = None if direction is None else direction.to(self._device)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, TensorDataset
 
 from kdaif_fast import DistillationLoss
 from kdaif_fast.distill import Distiller, IndexedBatch, LossNotFiniteError, SampleFacts, label_revision
@@ -56,6 +56,30 @@ def test_given_weights_are_used_and_nothing_is_measured():
         distiller.fit(*loaders(), 2)
     for a, b in zip(same.student.parameters(), plain.student.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_looking_at_test_data_changes_nothing():
+    """Not even the order of the samples that are trained on, which is drawn from the same numbers."""
+    plain, looking = make(mechanism="M3"), make(mechanism="M3")
+    for distiller, test in ((plain, None), (looking, loaders()[0])):
+        torch.manual_seed(1)
+        distiller.fit(*loaders(), 3, test)
+    for a, b in zip(plain.student.parameters(), looking.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_batch_of_validation_data():
+    train, val = loaders()
+    records = make(mechanism="M1").fit(train, tuple(next(iter(val))), 1)
+    assert 0 <= records[0]["student_accuracy"] <= 1
+
+
+def test_samplers_of_batch_samplers_hear_of_the_epoch():
+    x, y, _ = samples(24)
+    sampler = DistributedSampler(TensorDataset(x, y), num_replicas=2, rank=0)
+    loader = DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(sampler, 6, drop_last=False))
+    make(mechanism="online").fit(loader, None, 3)
+    assert sampler.epoch == 2
 
 
 def test_accumulated_batches_are_one_step():
@@ -173,6 +197,14 @@ class TestBadInput:
     def test_an_empty_validation_loader(self, val, mechanism):
         with pytest.raises(ValueError, match="empty"):
             make(mechanism=mechanism).fit(loaders()[0], val, 1)
+
+    @pytest.mark.parametrize("mechanism", ["M1", "online"])
+    def test_validation_batches_that_can_be_had_only_once(self, mechanism):
+        train, val = loaders()
+        batches = (batch for batch in val)
+        with pytest.raises(TypeError, match="generator"):
+            make(mechanism=mechanism).fit(train, batches, 2)
+        assert len(list(batches)) == 1
 
     def test_no_validation_loader(self):
         with pytest.raises(ValueError, match="val_loader is None"):

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdaif_fast.distill import CheckpointError
+from kdaif_fast import DistillationLoss
+from kdaif_fast.distill import CheckpointError, Distiller
+from kdaif_fast.distill.rules import Shuffled
+from kdaif_fast.distill.settings_told import told
 
-from .cases import assert_same_bits, loaders, make, state_of
+from .cases import adam, assert_same_bits, loaders, make, network, samples, state_of
 
 SETTINGS = {
     "M3 step": {"mechanism": "M3", "refresh": "step", "dropout": 0.2},
@@ -150,6 +153,12 @@ def test_other_settings_are_refused_and_nothing_is_changed(settings, named, tmp_
     assert_same_bits(before, state_of(other))
 
 
+def test_rules_made_of_functions_are_told_alike_in_another_process():
+    first, second = (Shuffled(lambda stats, phi, epoch: phi.sigmoid()) for _ in range(2))
+    assert repr(first) != repr(second)
+    assert told(first) == told(second)
+
+
 def test_another_number_of_samples_is_refused(tmp_path):
     make(mechanism="M1", run_dir=tmp_path).fit(*loaders(24), 1)
     with pytest.raises(ValueError, match=r"24 samples, expected 30"):
@@ -179,6 +188,105 @@ def test_save_and_load_in_ones_own_loop(tmp_path):
     other.load(tmp_path / "state")
     run(other, train, range(2, 3))
     assert_same_bits(state_of(whole), state_of(other))
+
+
+@pytest.mark.parametrize("mechanism", ["M1", "vanilla"])
+def test_both_stages_in_one_run_dir(mechanism, tmp_path):
+    """The teacher alone, then the student; wherever that was interrupted, the same script goes on with it."""
+
+    def script(distiller, epochs):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(8)
+        # A loader of its own for the teacher, with a generator that fit's has not.
+        distiller.fit_teacher(loaders(generator=torch.Generator().manual_seed(3))[0], 2)
+        return distiller.fit(*loaders(noisy=True), epochs)
+
+    def new(seed, **settings):
+        distiller = make(seed, mechanism=mechanism, teacher_scheduler=None, **settings)
+        distiller.teacher_optimizer = adam(distiller.teacher.parameters())
+        return distiller
+
+    whole = new(0)
+    script(whole, 3)
+    for epochs in (None, 1, 2):
+        run_dir = tmp_path / str(epochs)
+        first = new(0, run_dir=run_dir)
+        if epochs is None:
+            torch.manual_seed(8)
+            np.random.seed(8)
+            random.seed(8)
+            first.fit_teacher(loaders(generator=torch.Generator().manual_seed(3))[0], 1)
+        else:
+            script(first, epochs)
+        second = new(5, run_dir=run_dir)
+        script(second, 3)
+        assert_same_bits(state_of(whole), state_of(second))
+
+
+def test_a_state_is_for_data_to_come(tmp_path):
+    first = make(mechanism="M1")
+    first.fit(*loaders(), 1)
+    first.save(tmp_path / "state")
+    second = make(3, mechanism="M1")
+    second.load(tmp_path / "state")
+    second.save(tmp_path / "again")
+    second.prepare(*loaders())
+    assert torch.equal(first.weighting.weights, second.weighting.weights)
+    third = make(4, mechanism="M1")
+    third.prepare(*loaders())
+    third.load(tmp_path / "again")
+    assert torch.equal(first.weighting.weights, third.weighting.weights)
+
+
+def test_other_data_are_measured_from_then_on():
+    distiller = make(mechanism="M1")
+    distiller.fit(*loaders(), 1)
+    train_loader, val_loader = loaders()
+    train_loader.dataset.tensors[1].copy_(samples(24, 1, 0.9)[1])
+    before = distiller.weighting.weights
+    distiller.prepare(train_loader, val_loader)
+    assert torch.equal(distiller.weighting.weights, before)
+    distiller.weighting.start_epoch(1)
+    reference = make(mechanism="M1")
+    reference.prepare(train_loader, val_loader)
+    for mine, its in ((distiller.student, reference.student), (distiller.teacher, reference.teacher)):
+        its.load_state_dict(mine.state_dict())
+    reference.weighting.start_epoch(1)
+    torch.testing.assert_close(distiller.weighting.phi, reference.weighting.phi)
+    with pytest.raises(ValueError, match=r"24 samples, expected 30"):
+        distiller.fit(*loaders(30), 2)
+
+
+@pytest.mark.parametrize("other", ["teacher", "student", "samples", "groups"])
+def test_what_does_not_fit_changes_nothing(other, tmp_path):
+    first = make(mechanism="M1", run_dir=tmp_path)
+    first.fit(*loaders(), 1)
+
+    def grouped(parameters):
+        return torch.optim.Adam([{"params": [p]} for p in parameters], 1e-2)
+
+    torch.manual_seed(3)
+    second = Distiller(
+        network(20 if other == "teacher" else 16),
+        network(9 if other == "student" else 8),
+        adam,
+        grouped if other == "groups" else adam,
+        mechanism="M1",
+        **{"warmup_epochs": 0, "loss": DistillationLoss(2.0, 0.5), "run_dir": tmp_path},
+    )
+    data = loaders(30 if other == "samples" else 24)
+    second.prepare(*data)
+    before = state_of(second)
+    with pytest.raises(ValueError, match=r"checkpoint's|24 samples, expected 30"):
+        second.fit(*data, 2)
+    assert_same_bits(before, state_of(second))
+    assert not second.student_optimizer.state
+    assert second.steps == 0
+
+
+def test_a_state_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="none that a Distiller"):
+        make(mechanism="M1").load_state_dict({"weighting": {}, "epoch": 1})
 
 
 def test_the_teachers_epochs_are_kept(tmp_path):

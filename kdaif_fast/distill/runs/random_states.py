@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,13 @@ def _set(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(of_device, device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+@contextlib.contextmanager
+def unchanged_randomness() -> Iterator[None]:
+    """Within it the global generators may be drawn from; afterwards they are where they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -78,6 +78,7 @@ class MetaStep(JointStep):
             if grad is not None:
                 p.grad = grad.clone() if p.grad is None else p.grad + grad
         take_step(self._optimizer, self._clip_norm)
+        torch.clear_autocast_cache()  # which holds the parameters of before the step
         after = self._labelled_gradient(parameters)
         dots = [(a * b).sum() for a, b in zip(after, before, strict=True) if a is not None and b is not None]
         h = (torch.stack(dots).sum() * (self._rate() * divisor / count)).detach()

@@ -137,10 +137,14 @@ class PseudoLabels:
         """All of it: tensors and numbers."""
         return {"round": self.round, "targets": self.targets, "confidence": self.confidence, "used": self.used}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the round that this state is of; ValueError if it is of another number of samples."""
+    def require_fitting(self, state: Mapping[str, Any]) -> None:
+        """ValueError if the state is of another number of samples."""
         if len(state["used"]) != self.unlabelled:
             raise ValueError(f"the state is of {len(state['used'])} unlabelled samples, expected {self.unlabelled}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the round that this state is of; ValueError if it is of another number of samples."""
+        self.require_fitting(state)
         self.round, self.targets = state["round"], state["targets"]
         self.confidence, self.used = state["confidence"], state["used"]
         self._choose()

@@ -229,14 +229,6 @@ class SemiSupervisedDistiller(Distiller):
             self.fit_teacher(as_loader(labelled_loader, "labelled_loader"), teacher_epochs, resume=resume)
         return super().fit(train, val_loader, rounds * epochs, test_loader, resume=resume)
 
-    def prepare(self, train_loader: Any, val_loader: Any) -> Any:
-        """As Distiller.prepare, for the loader that `join` gives; draws no random numbers that training would miss."""
-        before = random_state()
-        try:
-            return super().prepare(train_loader, val_loader)
-        finally:
-            set_random_state(before)
-
     def start_round(self) -> Tensor:
         """Have the teacher, as it is now, give new pseudo-labels; `fit` does this itself.
 

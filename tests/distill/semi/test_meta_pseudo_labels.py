@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kdaif_fast import DistillationLoss, influence_scores
-from kdaif_fast.distill import IndexedBatch
+from kdaif_fast.distill import IndexedBatch, SemiSupervisedDistiller
 from kdaif_fast.distill.clock import Clock
 from kdaif_fast.distill.finite import FiniteWatch
 from kdaif_fast.distill.semi.meta_pseudo_labels import MetaFeedback, MetaStep
 from kdaif_fast.distill.semi.pseudo_labels import joined
 
-from ..cases import CLASSES, network, samples
+from ..cases import CLASSES, network, samples, sgd
 
 LABELLED, UNLABELLED, RATE, LEARNING_RATE = 5, 7, 0.3, 0.2
 LOSS = DistillationLoss(2.0, 0.4)
@@ -113,3 +113,21 @@ def test_draws_go_on():
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.draw().inputs, second.draw().inputs)
     assert second.take_mean() == 2.0
+
+
+def test_mixed_precision_measures_after_the_step():
+    """Autocast keeps copies of parameters, which are old ones then."""
+    found = []
+    x, y, _ = samples(60, 1)
+    for autocast in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        distiller = SemiSupervisedDistiller(
+            *(network(16), network(8), sgd, lambda parameters: torch.optim.SGD(parameters, 5.0)),
+            **{"feedback": "meta", "pseudo_labels": "hard", "autocast": autocast, "progress": False},
+        )
+        labelled = torch.utils.data.TensorDataset(x[:20], y[:20])
+        unlabelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[20:]), batch_size=60)
+        settings = {"rounds": 1, "epochs": 1, "teacher_epochs": 1}
+        records = distiller.fit(labelled, unlabelled, [samples(20, 2)[:2]], **settings)
+        found.append(records[-1]["mean_feedback"])
+    assert found[1] == pytest.approx(found[0], rel=0.05)

@@ -240,15 +240,19 @@ class Recording:
         retain = again or any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
 
-        def arrive(junction: Junction, grads: tuple[Tensor | None, ...]) -> None:
-            with torch.no_grad():
-                terms, is_generic = self._terms(junction, grads, early.get(junction.node))
-                if is_generic:
-                    generic.add(junction.node)
-                    assert junction.node in late or not junction.executed, "a rule that has become inapplicable"
-                receive(terms)
+        @torch.no_grad()
+        def terms_of(junction: Junction, grads: tuple[Tensor | None, ...]) -> list[tuple[Path, Term]]:
+            terms, is_generic = self._terms(junction, grads, early.get(junction.node))
+            if is_generic:
+                generic.add(junction.node)
+                assert junction.node in late or not junction.executed, "a rule that has become inapplicable"
+            return terms
 
-        waiting: dict[int, list[Tensor | None]] = {}
+        @torch.no_grad()
+        def arrive(junction: Junction, grads: tuple[Tensor | None, ...]) -> None:
+            receive(terms_of(junction, grads))
+
+        waiting: dict[int, list[Tensor | None]] = {}  # by node, in the order in which they came
         handles = []
         ends: list[tuple[Junction, int]] = []
         try:
@@ -269,13 +273,25 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
-        for (junction, output), grad in zip(ends, caught, strict=True):
-            waiting.setdefault(junction.node, [None] * len(junction.layouts))[output] = grad
-        del caught
-        with without_autocast(self.losses.device):
+        postponed: dict[int, list[tuple[Path, Term]]] = {}
+        with without_autocast(self.losses.device), torch.no_grad():
+            if known is None:
+                # In the order in which they will arrive from now on: the last bits of sums depend on it.
+                by_node = {junction.node: junction for junction in plan.junctions}
+                for node in list(waiting):
+                    terms = terms_of(by_node[node], tuple(waiting.pop(node)))
+                    if node in generic:
+                        postponed[node] = terms
+                    else:
+                        receive(terms)
+            for (junction, output), grad in zip(ends, caught, strict=True):
+                waiting.setdefault(junction.node, [None] * len(junction.layouts))[output] = grad
+            del caught
             for junction in plan.junctions:
                 grads = waiting.pop(junction.node, None)
-                if grads is not None and any(grad is not None for grad in grads):
+                if junction.node in postponed:
+                    receive(postponed.pop(junction.node))
+                elif grads is not None and any(grad is not None for grad in grads):
                     arrive(junction, tuple(grads))
         if known is None:
             while len(plan.generic) >= _SHAPES_KEPT:

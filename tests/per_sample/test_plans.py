@@ -432,3 +432,28 @@ def test_a_bare_table_is_as_good_as_an_embedding(by, monkeypatch):
     monkeypatch.setattr(recording, "probe", lambda *_: pytest.fail("looked for the samples again"))
     monkeypatch.setattr(recording, "GenericTerm", lambda *_: pytest.fail("no rule"))
     assert_right(model, batch())
+
+
+def test_the_first_call_has_the_bits_of_later_ones():
+    """A training that is resumed makes its first call later than one that was not interrupted."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(20, 16)
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.embedding(x)).mean(1))
+
+    torch.manual_seed(0)
+    model = Encoder()
+    batch = torch.randint(0, 20, (16, 7)), torch.randint(0, 3, (16,))
+    direction = torch.randn(sum(p.numel() for p in model.parameters()))
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        step = weighted_step(model, batch, direction=direction, weight_fn=lambda phi: torch.sigmoid(-phi))
+        found.append(torch.cat([step.phi, *(p.grad.flatten() for p in model.parameters())]))
+    assert torch.equal(*found)

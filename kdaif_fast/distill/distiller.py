@@ -23,7 +23,7 @@ from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .measured_data import validation_data
 from .mechanisms import Mechanism, find_mechanism
-from .modes import device_of, training, unwrapped
+from .modes import device_of, require_separate, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .progress import TrainingProgress
 from .random_states import random_state, set_random_state, unchanged_randomness
@@ -139,6 +139,7 @@ class Distiller:
         facts: SampleFacts | None = None,
     ) -> None:
         self.mechanism = find_mechanism(mechanism)
+        require_separate(teacher, student)
         self.teacher, self.student = teacher, student
         self.loss: Loss = DistillationLoss() if loss is None else loss
         self.teacher_loss = teacher_loss
@@ -297,7 +298,9 @@ class Distiller:
         self._set_modes()
         batches = len(train) if hasattr(train, "__len__") else None
         self._folder.make()
-        self._folder.open_log(self.steps if resume else -1)
+        place = None if self._resumed is None else self._resumed["replays"].get("train")
+        is_inside = place is not None and place["start"] is not None
+        self._folder.open_log(self.steps if resume else -1, self.epoch, is_inside=is_inside)
         try:
             done = 0 if batches is None else self.steps
             with TrainingProgress(epochs, batches, self.progress, done=done) as bar:
@@ -480,6 +483,11 @@ class Distiller:
             model.zero_grad()
 
     def _take_steps(self) -> None:
+        if self._waiting < self.accumulate:
+            # Every batch has been divided by the number of those that a whole group has.
+            for p in (*self.student.parameters(), *self.teacher.parameters()):
+                if p.grad is not None:
+                    p.grad.mul_(self.accumulate / self._waiting)
         self._waiting = 0
         with self.clock.part("student"):
             take_step(self.student_optimizer, self.clip_norm)
@@ -505,7 +513,7 @@ class Distiller:
             if self.checkpoint_every is not None and self.steps % self.checkpoint_every == 0:
                 self._save_run()
         if self._waiting:
-            self._take_steps()
+            self._take_steps()  # of fewer batches than the others
 
     def _batches(self, train: Any) -> Iterator[Any]:
         """Those of the epoch that begins, or what is left of one that was interrupted."""

@@ -32,4 +32,6 @@ def given_weights(weights: Any, mechanism: Mechanism, device: torch.device) -> G
         raise ValueError(f"weights are {form}, expected a floating-point tensor [N]")
     if not bool(weights.isfinite().all()):
         raise ValueError(f"weights are not finite at {(~weights.isfinite()).nonzero()[:10, 0].tolist()}")
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights are negative at {(weights < 0).nonzero()[:10, 0].tolist()}, expected numbers >= 0")
     return GivenWeights(weights, device)

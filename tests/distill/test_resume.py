@@ -1,5 +1,6 @@
 """A run that is interrupted at any step goes on as if nothing had happened, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -50,9 +51,11 @@ class InterruptedAtStepError(Exception):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resumed_at_any_step(name, tmp_path):
-    whole = seeded(SETTINGS[name])
+    whole = seeded(SETTINGS[name], run_dir=tmp_path / "whole")
     train(whole)
     expected = state_of(whole)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    of_whole = [(line["kind"], line["epoch"], line["step"]) for line in lines]
     for stop in (1, 2, 3, 5, 8, 11):
         run_dir = tmp_path / str(stop)
         first = seeded(SETTINGS[name], run_dir=run_dir)
@@ -72,12 +75,44 @@ def test_resumed_at_any_step(name, tmp_path):
         second = make(100 + stop, student_scheduler=scheduler, checkpoint_every=1, run_dir=run_dir, **SETTINGS[name])
         train(second)
         assert_same_bits(expected, state_of(second))
+        lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+        assert [(line["kind"], line["epoch"], line["step"]) for line in lines] == of_whole
         without_times = [
             {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in second.history
         ]
         assert without_times == [
             {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in whole.history
         ]
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 4])
+def test_what_was_logged_twice_is_kept_once(checkpoint_every, tmp_path):
+    """The end of an epoch, and what was measured at the start of one, before a checkpoint knew of it."""
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    settings = {"mechanism": "M1", "run_dir": tmp_path, "checkpoint_every": checkpoint_every}
+    for after in (2, 3):
+        distiller = make(**settings)
+        log, calls = distiller._folder.log, []
+
+        def log_and_stop(record, log=log, calls=calls, after=after):
+            log(record)
+            calls.append(record)
+            if len(calls) == after:
+                raise Stopped
+
+        distiller._folder.log = log_and_stop
+        with pytest.raises(Stopped):
+            distiller.fit(*loaders(), 3)
+    make(**settings).fit(*loaders(), 3)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["epoch"]) for line in lines] == [
+        *(("refresh", 0), ("epoch", 1)),
+        *(("refresh", 1), ("epoch", 2)),
+        *(("refresh", 2), ("epoch", 3)),
+    ]
 
 
 SCRIPT = """

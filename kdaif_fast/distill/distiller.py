@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._distributed import Group, rank_in
+from .._distributed import Group, gather_over_ranks, rank_in, together
 from .._model import DistillationLoss, Loss
 from .._warn import warn_user
 from .checkpoint import read_state, write_state
@@ -23,7 +23,7 @@ from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .measured_data import validation_data
 from .mechanisms import Mechanism, find_mechanism
-from .modes import device_of, require_separate, training, unwrapped
+from .modes import device_of, is_spread, require_separate, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .progress import TrainingProgress
 from .random_states import random_state, set_random_state, unchanged_randomness
@@ -187,6 +187,12 @@ class Distiller:
         self.checkpoint_every, self.clip_norm, self.accumulate = checkpoint_every, clip_norm, accumulate
         self.progress, self.facts = progress, facts
         self.clock = Clock()
+        self._group = group
+        if run_dir is not None and group is None and is_spread(student):
+            raise ValueError(
+                "group is None, but student is wrapped by DistributedDataParallel on several processes, which would all "
+                "write the same files in run_dir; expected group='world'"
+            )
         self._folder = RunFolder(run_dir, rank_in(group), tensorboard=tensorboard)
         self._tally = Tally()
         self._autocast = autocast
@@ -287,8 +293,7 @@ class Distiller:
         """
         train = self.prepare(train_loader, val_loader)
         self._replays = replays_of(train=train, val=val_loader)
-        if resume and self._folder.has_checkpoint:
-            self.load(self._checkpoint)
+        if resume and self._load_run():
             if self.epoch >= epochs:
                 warn_user(
                     f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
@@ -326,8 +331,7 @@ class Distiller:
         # By a name of its own, as fit's loader can be another one.
         self._replays = replays_of(teacher=train)
         replay = self._replays["teacher"]
-        if resume and self._folder.has_checkpoint:
-            self.load(self._checkpoint)
+        if resume and self._load_run():
             if self._resumed is not None and "teacher" in self._resumed["replays"]:
                 replay.restore(self._resumed["replays"]["teacher"])
         training(self.teacher)
@@ -569,6 +573,21 @@ class Distiller:
     def _log_refresh(self) -> None:
         if self.weighting is not None:
             self._folder.log({"kind": "refresh", "epoch": self.epoch, "step": self.steps, **self.weighting.record})
+
+    def _load_run(self) -> bool:
+        """Go on with the checkpoint of `run_dir`, if there is one; all ranks are at the same place then."""
+        found = self._folder.has_checkpoint
+        with together(self._group, self._device):
+            if found:
+                self.load(self._checkpoint)
+        places = gather_over_ranks((self._tally.teacher_epochs, self.epoch, self.steps, found), self._group)
+        if len(set(places)) > 1:
+            raise ValueError(
+                f"the checkpoints of the ranks in {self.run_dir} are of different moments, the steps "
+                f"{', '.join(str(steps) for _, _, steps, _ in places)}: the processes were stopped while some had saved "
+                "and others had not. Start over with resume=False or another run_dir"
+            )
+        return found
 
     def _save_run(self) -> None:
         if self.run_dir is not None:

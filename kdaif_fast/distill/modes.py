@@ -56,6 +56,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes train the model together."""
+    return any(isinstance(part, DistributedDataParallel) and part.process_group.size() > 1 for part in model.modules())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is."""
     return next(model.parameters()).device

@@ -190,8 +190,8 @@ class Distiller:
         self._group = group
         if run_dir is not None and group is None and is_spread(student):
             raise ValueError(
-                "group is None, but student is wrapped by DistributedDataParallel on several processes, which would all "
-                "write the same files in run_dir; expected group='world'"
+                "group is None, but student is wrapped by DistributedDataParallel on several processes, which would "
+                "all write the same files in run_dir; expected group='world'"
             )
         self._folder = RunFolder(run_dir, rank_in(group), tensorboard=tensorboard)
         self._tally = Tally()
@@ -293,13 +293,12 @@ class Distiller:
         """
         train = self.prepare(train_loader, val_loader)
         self._replays = replays_of(train=train, val=val_loader)
-        if resume and self._load_run():
-            if self.epoch >= epochs:
-                warn_user(
-                    f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
-                    "epochs, or start over with resume=False or another run_dir",
-                    UserWarning,
-                )
+        if resume and self._load_run() and self.epoch >= epochs:
+            warn_user(
+                f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
+                "epochs, or start over with resume=False or another run_dir",
+                UserWarning,
+            )
         self._set_modes()
         batches = len(train) if hasattr(train, "__len__") else None
         self._folder.make()
@@ -332,16 +331,23 @@ class Distiller:
         self._replays = replays_of(teacher=train)
         replay = self._replays["teacher"]
         if resume and self._load_run():
-            if self._resumed is not None and "teacher" in self._resumed["replays"]:
-                replay.restore(self._resumed["replays"]["teacher"])
+            place = {} if self._resumed is None else self._resumed["replays"]
+            if "teacher" in place:
+                replay.restore(place["teacher"])
         training(self.teacher)
         self._folder.make()
         while self._tally.teacher_epochs < epochs:
             set_epoch(train, self._tally.teacher_epochs)
+            waiting = 0
             for given in replay.start():
                 indexed = require_indices(given)
-                self._joint_step().teach(indexed, len(indexed.indices))
-                take_step(self.teacher_optimizer, self.clip_norm)
+                self._joint_step().teach(indexed, len(indexed.indices) * self.accumulate)
+                waiting += 1
+                if waiting == self.accumulate:
+                    self._step_teacher(waiting / self.accumulate)
+                    waiting = 0
+            if waiting:
+                self._step_teacher(waiting / self.accumulate)
             end_epoch(self.teacher_scheduler)
             self._watch.flush()
             self._tally.teacher_epochs += 1
@@ -487,17 +493,16 @@ class Distiller:
             model.zero_grad()
 
     def _take_steps(self) -> None:
-        if self._waiting < self.accumulate:
-            # Every batch has been divided by the number of those that a whole group has.
-            for p in (*self.student.parameters(), *self.teacher.parameters()):
-                if p.grad is not None:
-                    p.grad.mul_(self.accumulate / self._waiting)
-        self._waiting = 0
+        share, self._waiting = self._waiting / self.accumulate, 0
         with self.clock.part("student"):
-            take_step(self.student_optimizer, self.clip_norm)
-        if self.teacher_optimizer is not None and self.mechanism.trains_teacher:
+            take_step(self.student_optimizer, self.clip_norm, share)
+        if self.mechanism.trains_teacher:
+            self._step_teacher(share)
+
+    def _step_teacher(self, share: float) -> None:
+        if self.teacher_optimizer is not None:
             with self.clock.part("teacher"):
-                take_step(self.teacher_optimizer, self.clip_norm)
+                take_step(self.teacher_optimizer, self.clip_norm, share)
 
     def _train_epoch(self, train: Any, bar: TrainingProgress) -> None:
         iterator = self._batches(train)
@@ -584,8 +589,8 @@ class Distiller:
         if len(set(places)) > 1:
             raise ValueError(
                 f"the checkpoints of the ranks in {self.run_dir} are of different moments, the steps "
-                f"{', '.join(str(steps) for _, _, steps, _ in places)}: the processes were stopped while some had saved "
-                "and others had not. Start over with resume=False or another run_dir"
+                f"{', '.join(str(steps) for _, _, steps, _ in places)}: the processes were stopped while some had "
+                "saved and others had not. Start over with resume=False or another run_dir"
             )
         return found
 

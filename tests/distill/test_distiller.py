@@ -84,6 +84,10 @@ def test_samplers_of_batch_samplers_hear_of_the_epoch():
 
 def test_accumulated_batches_are_one_step():
     whole, parts = make(mechanism="online", optimizer=sgd), make(mechanism="online", optimizer=sgd, accumulate=2)
+    whole.fit_teacher(loaders(shuffle=False, batch=12)[0], 1)
+    parts.fit_teacher(loaders(shuffle=False, batch=6)[0], 1)
+    for a, b in zip(whole.teacher.parameters(), parts.teacher.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
     whole.fit(loaders(shuffle=False, batch=12)[0], loaders()[1], 1)
     parts.fit(loaders(shuffle=False, batch=6)[0], loaders()[1], 1)
     for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):

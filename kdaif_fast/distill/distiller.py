@@ -32,7 +32,7 @@ from .rules import WeightRule, make_rule
 from .run_folder import RunFolder
 from .samples_file import SampleFacts
 from .schedule import check_counts, check_schedule
-from .settings_told import optimizer_told, told
+from .settings_told import optimizer_told, options_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
@@ -63,7 +63,9 @@ class Distiller:
             every `solve_every` epochs), or a number of steps. See InfluenceWeighting.
         weights: [N], given weights; then nothing is measured.
         warmup_epochs: epochs before the first measurement, with all weights 1.
-        ema: share of the old weight that stays at each new measurement, in [0, 1).
+        ema: share of the old weight that stays at each new measurement, in [0, 1). Weights of rules that keep a sample
+            or leave it out ("keep_probability", "drop", "select") are means of such decisions then; 0 leaves them 0 or
+            1.
         combine: how M4 combines: "mean", "product" or "ema".
         normalize: divide weights by their mean over all samples, so that the size of a step does not change.
         influence, solve_samples, solve_every, batch_size, history, params, group, seed: as for InfluenceWeighting.
@@ -623,12 +625,16 @@ class Distiller:
             "student_optimizer": optimizer_told(self.student_optimizer),
             "teacher_optimizer": optimizer_told(self.teacher_optimizer),
             "accumulate": self.accumulate,
+            "clip_norm": self.clip_norm,
+            "autocast": None if self._autocast is None else str(self._autocast),
+            "given weights": None if self._given is None else self._given.told(),
         }
         if not self.mechanism.weighs or self._given is not None:
             return settings
         options = self._weighting_options
         kept = ("refresh", "warmup_epochs", "ema", "combine", "normalize", "solve_samples", "solve_every", "seed")
-        return {**settings, "rule": told(self.rule), **{name: options[name] for name in kept}}
+        influence = options_told(options["influence"])
+        return {**settings, "rule": told(self.rule), "influence": influence, **{name: options[name] for name in kept}}
 
     def _gradients(self) -> dict[str, list[Tensor | None]]:
         models = {"student": self.student, "teacher": self.teacher}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ class GivenWeights:
     def __call__(self, indices: Tensor) -> Tensor:
         """Those of these samples, [n]."""
         return self.weights[indices.to(self.weights.device)]
+
+    def told(self) -> str:
+        """By which others are told from them."""
+        seen = hashlib.blake2b(self.weights.double().cpu().numpy().tobytes(), digest_size=8)
+        return f"{len(self.weights)} ({seen.hexdigest()})"
 
 
 def given_weights(weights: Any, mechanism: Mechanism, device: torch.device) -> GivenWeights | None:

@@ -18,7 +18,7 @@ from kdaif_fast.distill import CheckpointError, Distiller
 from kdaif_fast.distill.rules import Shuffled
 from kdaif_fast.distill.settings_told import told
 
-from .cases import adam, assert_same_bits, loaders, make, network, samples, state_of
+from .cases import SOLVE, adam, assert_same_bits, loaders, make, network, samples, state_of
 
 SETTINGS = {
     "M3 step": {"mechanism": "M3", "refresh": "step", "dropout": 0.2},
@@ -174,6 +174,10 @@ def test_starting_over(tmp_path):
         ({"mechanism": "M3"}, "mechanism 'M1'"),
         ({"mechanism": "M1", "rule": "drop"}, "rule"),
         ({"mechanism": "M1", "refresh": "step"}, "refresh 'epoch'"),
+        ({"mechanism": "M1", "clip_norm": 1.0}, "clip_norm None, but this run 1.0"),
+        ({"mechanism": "M1", "autocast": torch.bfloat16}, "autocast None, but"),
+        ({"mechanism": "M1", "influence": {"damping": 0.2, "tol": 1e-2}}, "influence .*0.1.*0.2"),
+        ({"mechanism": "M1", "weights": torch.ones(24)}, "given weights None"),
         ({"mechanism": "M1", "optimizer": lambda p: torch.optim.Adam(p, 1.0)}, "lr=0.01"),
     ],
 )
@@ -186,6 +190,13 @@ def test_other_settings_are_refused_and_nothing_is_changed(settings, named, tmp_
     with pytest.raises(ValueError, match=named):
         other.fit(train_loader, val_loader, 2)
     assert_same_bits(before, state_of(other))
+
+
+def test_other_given_weights_are_refused(tmp_path):
+    make(mechanism="M1", weights=torch.ones(24), run_dir=tmp_path).fit(*loaders(), 1)
+    with pytest.raises(ValueError, match="given weights"):
+        make(mechanism="M1", weights=torch.rand(24), run_dir=tmp_path).fit(*loaders(), 2)
+    assert len(make(mechanism="M1", weights=torch.ones(24), run_dir=tmp_path).fit(*loaders(), 2)) == 2
 
 
 def test_rules_made_of_functions_are_told_alike_in_another_process():
@@ -307,7 +318,7 @@ def test_what_does_not_fit_changes_nothing(other, tmp_path):
         adam,
         grouped if other == "groups" else adam,
         mechanism="M1",
-        **{"warmup_epochs": 0, "loss": DistillationLoss(2.0, 0.5), "run_dir": tmp_path},
+        **{"warmup_epochs": 0, "influence": SOLVE, "loss": DistillationLoss(2.0, 0.5), "run_dir": tmp_path},
     )
     data = loaders(30 if other == "samples" else 24)
     second.prepare(*data)

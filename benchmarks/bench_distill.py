@@ -15,7 +15,7 @@ import torch
 from influence_quality import MODELS
 from persample_models import mlp
 
-from kdaif_fast.distill.distiller import Distiller
+from kdaif_fast.distill import Distiller
 
 BATCH, BATCHES, STEPS = 256, 8, 234
 SOLVE_SAMPLES, PRODUCTS = 1024, 10

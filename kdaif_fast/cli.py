@@ -45,7 +45,7 @@ class _WithExample(click.Command):
         if self.name == "scores":
             from .influence.config import EXAMPLE
         else:
-            from .distill.config import EXAMPLE
+            from .distill.config.reading import EXAMPLE
         self.epilog = _example(EXAMPLE)
         super().format_epilog(ctx, formatter)
 
@@ -96,7 +96,7 @@ def distill(config: Path, changes: tuple[str, ...], out: Path | None, check: boo
     started again. The run's folder then has a log, a checkpoint, the student (student.safetensors) and a report.
     """
     from ._config import ConfigError
-    from .distill.command import distill_from_config
+    from .distill.config.command import distill_from_config
 
     try:
         distill_from_config(
@@ -119,7 +119,7 @@ def report(run: Path) -> None:
 
     RUN is the run's folder, the run_dir of Distiller. The page needs no other file and no network.
     """
-    from .distill.report import report as write_report
+    from .distill.runs.report import report as write_report
 
     try:
         click.echo(write_report(run))

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kdaif_fast import DistillationLoss
-from kdaif_fast.distill.label_revision import label_revision
+from kdaif_fast.distill import label_revision
 from kdaif_fast.distill.rules import OwnLoss, Shuffled, Sigmoid
 
 from .problems import Data
 
 
 class Settings(NamedTuple):
-    """What all runs share: one setting, which was chosen on seeds from 100 on, for all problems and methods."""
+    """What all runs share: one setting for all problems and methods, compared with others on seeds from 100 on only."""
 
     epochs: int = 30
     batch: int = 64

@@ -12,9 +12,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdaif_fast.demo.training import build
+from kdaif_fast.distill import Distiller, SampleFacts
 from kdaif_fast.distill.clock import PARTS, Clock
-from kdaif_fast.distill.distiller import Distiller
-from kdaif_fast.distill.samples_file import SampleFacts
 from kdaif_fast.solvers import ConvergenceWarning
 
 from .methods import METHODS, Settings, options_of

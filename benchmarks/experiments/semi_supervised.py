@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from kdaif_fast.distill import Distiller, SemiSupervisedDistiller
-from kdaif_fast.distill.weight_figures import chance_of_less
+from kdaif_fast.distill.runs.weight_figures import chance_of_less
 
 LABELLED, UNLABELLED, VALIDATION = 100, 900, 200
 ROUNDS, EPOCHS, TEACHER_EPOCHS = 4, 10, 30

@@ -10,8 +10,8 @@ import random
 from typing import NamedTuple
 
 from ..distill import SampleFacts
-from ..distill.data import DataParts, PaddedCollate, Vocabulary
-from ..distill.data.text import Encoded
+from ..distill.config.data import DataParts, PaddedCollate, Vocabulary
+from ..distill.config.data.text import Encoded
 
 CLASSES = ("negative", "positive")
 

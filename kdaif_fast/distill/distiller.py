@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .._distributed import Group, gather_over_ranks, rank_in, together
 from .._model import DistillationLoss, Loss
 from .._warn import warn_user
-from .checkpoint import read_state, write_state
 from .clock import Clock
 from .epochs import replays_of, set_epoch
 from .evaluation import accuracy
@@ -25,18 +24,19 @@ from .measured_data import validation_data
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, is_spread, require_separate, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
-from .progress import TrainingProgress
-from .random_states import random_state, set_random_state, unchanged_randomness
-from .replay import EpochReplay
 from .rules import WeightRule, make_rule
-from .run_folder import RunFolder
-from .samples_file import SampleFacts
+from .runs.checkpoint import read_state, write_state
+from .runs.progress import TrainingProgress
+from .runs.random_states import random_state, set_random_state, unchanged_randomness
+from .runs.replay import EpochReplay
+from .runs.run_folder import RunFolder
+from .runs.samples_file import SampleFacts
+from .runs.weight_figures import weight_figures
 from .schedule import check_counts, check_schedule
 from .settings_told import optimizer_told, options_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
-from .weight_figures import weight_figures
 from .weighting import InfluenceWeighting
 
 
@@ -122,7 +122,7 @@ class Distiller:
         combine: str = "mean",
         normalize: bool = False,
         influence: Mapping[str, Any] | None = None,
-        solve_samples: int | None = 4096,
+        solve_samples: int | None = 2048,
         solve_every: int = 1,
         batch_size: int | None = None,
         history: int | None = 100,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .replay import EpochReplay
+from .runs.replay import EpochReplay
 
 
 def replays_of(**loaders: Any) -> dict[str, EpochReplay]:

@@ -147,15 +147,12 @@ def sample_count(data: Any) -> int:
 
 
 def visited(data: Any) -> Tensor:
-    """The places that a loader with indices comes to, as in_order gives them: ascending, but as they are in a list.
+    """The places that a loader with indices comes to, each once: ascending, but of a list in its order.
 
-    They are all of the data set's, but for a SubsetRandomSampler.
+    All places, but for a list and a SubsetRandomSampler.
     """
     if isinstance(data, (list, tuple)):
-        places = torch.cat([batch.indices for batch in data])
-        if len(places.unique()) != len(places):
-            raise ValueError("the list of batches has a sample's index twice, expected each sample once")
-        return places
+        return torch.cat([batch.indices for batch in data])[_first_times(data)]
     sampler = getattr(data, "sampler", None)
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
@@ -179,7 +176,10 @@ def own_share(data: Any, places: Tensor) -> Tensor:
 
 
 def in_order(data: Any, indices: Tensor, batch_size: int) -> Any:
-    """The samples at these places, in the order that `visited` has them: a DataLoader, or a list, of IndexedBatch."""
+    """The samples at these places, in this order: a DataLoader, or a list, of IndexedBatch.
+
+    Of a list the places have to be in the order of `visited`.
+    """
     if isinstance(data, (list, tuple)):
         return list(_picked(data, indices))
     workers = data.num_workers
@@ -263,9 +263,9 @@ def _numbered(batches: Sequence[Any]) -> list[IndexedBatch]:
 
 
 def _picked(batches: Sequence[IndexedBatch], indices: Tensor) -> Iterator[IndexedBatch]:
-    """Of each batch of a list the samples that are asked for; all batches as they are, if all are."""
-    for indexed in batches:
-        chosen = torch.isin(indexed.indices, indices)
+    """Of each batch of a list the samples that are asked for, each once; batches as they are, if all of theirs are."""
+    for indexed, is_first in zip(batches, _first_times(batches).split([len(b.indices) for b in batches]), strict=True):
+        chosen = torch.isin(indexed.indices, indices) & is_first
         if bool(chosen.all()):
             yield indexed
         elif bool(chosen.any()):
@@ -275,3 +275,11 @@ def _picked(batches: Sequence[IndexedBatch], indices: Tensor) -> Iterator[Indexe
                 return x[chosen.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
 
             yield IndexedBatch(indexed.indices[chosen], tree_map(pick, indexed.batch))
+
+
+def _first_times(batches: Sequence[IndexedBatch]) -> Tensor:
+    """Of all samples of a list, one after another, whether each has not been there before: bool."""
+    places, which = torch.cat([batch.indices for batch in batches]).unique(return_inverse=True)
+    at = torch.arange(len(which))
+    first = torch.full_like(places, len(which)).scatter_reduce_(0, which, at, "amin")
+    return first[which] == at

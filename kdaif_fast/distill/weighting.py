@@ -25,7 +25,7 @@ from .modes import device_of, evaluating, unwrapped
 from .rule_checks import checked_weights, require_usable
 from .rules import WeightRule, make_rule
 from .schedule import check_counts, check_schedule, require_one_pass
-from .soft_targets import most_likely
+from .semi.soft_targets import most_likely
 from .statistics import SampleStatistics
 from .taught import Taught, taught
 from .weight_book import WeightBook
@@ -128,7 +128,7 @@ class InfluenceWeighting:
         combine: str | None = None,
         normalize: bool = False,
         influence: Mapping[str, Any] | None = None,
-        solve_samples: int | None = 4096,
+        solve_samples: int | None = 2048,
         solve_every: int = 1,
         batch_size: int | None = None,
         history: int | None = 100,
@@ -242,7 +242,7 @@ class InfluenceWeighting:
             else:
                 measured, source = own, self._taught(own)
                 phi, solution = self._scores(source, measured, solved)
-            # Ascending, so that a rule that draws does so as it would on one process.
+            # Ascending, so that a rule that draws does so as it would on one process, and in any order of the data.
             all_places, order = self._over_ranks(measured).sort()
             all_phi = self._over_ranks(phi, order)
             self._reference = all_phi

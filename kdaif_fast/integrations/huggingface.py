@@ -16,11 +16,11 @@ from transformers import Trainer, TrainerCallback
 
 from .._model import Batch, Loss, sample_losses
 from .._warn import warn_user
-from ..distill.checkpoint import read_state, write_state
 from ..distill.indexed import IndexedCollate, IndexedDataset, IndexedSample, as_batch
 from ..distill.modes import evaluating
+from ..distill.runs.checkpoint import read_state, write_state
+from ..distill.runs.weight_figures import share_below_1
 from ..distill.taught import teacher_logits
-from ..distill.weight_figures import share_below_1
 from ..distill.weighting import InfluenceWeighting
 from .measuring import own_randomness
 

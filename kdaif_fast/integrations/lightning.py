@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ..distill.indexed import IndexedBatch, has_indices
-from ..distill.weight_figures import share_below_1
+from ..distill.runs.weight_figures import share_below_1
 from ..distill.weighting import InfluenceWeighting
 from .measuring import own_randomness
 

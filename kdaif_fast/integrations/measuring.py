@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..distill.random_states import random_state, set_random_state
+from ..distill.runs.random_states import random_state, set_random_state
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Runs that a TOML file describes: `kdaif-fast distill`."""

@@ -1,0 +1,1 @@
+"""Distillation with unlabelled samples: pseudo-labels, and what feeds back to them."""

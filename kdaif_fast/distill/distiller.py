@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._distributed import Group, rank_in
+from .._distributed import Group, gather_over_ranks, rank_in, together
 from .._model import DistillationLoss, Loss
 from .._warn import warn_user
 from .clock import Clock
@@ -22,7 +22,7 @@ from .given_weights import given_weights
 from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
 from .measured_data import validation_data
 from .mechanisms import Mechanism, find_mechanism
-from .modes import device_of, training, unwrapped
+from .modes import device_of, is_spread, require_separate, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
 from .rules import WeightRule, make_rule
 from .runs.checkpoint import read_state, write_state
@@ -33,7 +33,7 @@ from .runs.run_folder import RunFolder
 from .runs.samples_file import SampleFacts
 from .runs.weight_figures import weight_figures
 from .schedule import check_counts, check_schedule
-from .settings_told import optimizer_told, told
+from .settings_told import optimizer_told, options_told, told
 from .step import JointStep, StepResult, require_same_classes
 from .tally import Tally
 from .weight_book import check_averaging
@@ -63,7 +63,9 @@ class Distiller:
             every `solve_every` epochs), or a number of steps. See InfluenceWeighting.
         weights: [N], given weights; then nothing is measured.
         warmup_epochs: epochs before the first measurement, with all weights 1.
-        ema: share of the old weight that stays at each new measurement, in [0, 1).
+        ema: share of the old weight that stays at each new measurement, in [0, 1). Weights of rules that keep a sample
+            or leave it out ("keep_probability", "drop", "select") are means of such decisions then; 0 leaves them 0 or
+            1.
         combine: how M4 combines: "mean", "product" or "ema".
         normalize: divide weights by their mean over all samples, so that the size of a step does not change.
         influence, solve_samples, solve_every, batch_size, history, params, group, seed: as for InfluenceWeighting.
@@ -139,6 +141,7 @@ class Distiller:
         facts: SampleFacts | None = None,
     ) -> None:
         self.mechanism = find_mechanism(mechanism)
+        require_separate(teacher, student)
         self.teacher, self.student = teacher, student
         self.loss: Loss = DistillationLoss() if loss is None else loss
         self.teacher_loss = teacher_loss
@@ -186,6 +189,12 @@ class Distiller:
         self.checkpoint_every, self.clip_norm, self.accumulate = checkpoint_every, clip_norm, accumulate
         self.progress, self.facts = progress, facts
         self.clock = Clock()
+        self._group = group
+        if run_dir is not None and group is None and is_spread(student):
+            raise ValueError(
+                "group is None, but student is wrapped by DistributedDataParallel on several processes, which would "
+                "all write the same files in run_dir; expected group='world'"
+            )
         self._folder = RunFolder(run_dir, rank_in(group), tensorboard=tensorboard)
         self._tally = Tally()
         self._autocast = autocast
@@ -286,18 +295,18 @@ class Distiller:
         """
         train = self.prepare(train_loader, val_loader)
         self._replays = replays_of(train=train, val=val_loader)
-        if resume and self._folder.has_checkpoint:
-            self.load(self._checkpoint)
-            if self.epoch >= epochs:
-                warn_user(
-                    f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
-                    "epochs, or start over with resume=False or another run_dir",
-                    UserWarning,
-                )
+        if resume and self._load_run() and self.epoch >= epochs:
+            warn_user(
+                f"{self.run_dir} has a run of {self.epoch} epochs, so there is nothing left to train: ask for more "
+                "epochs, or start over with resume=False or another run_dir",
+                UserWarning,
+            )
         self._set_modes()
         batches = len(train) if hasattr(train, "__len__") else None
         self._folder.make()
-        self._folder.open_log(self.steps if resume else -1)
+        place = None if self._resumed is None else self._resumed["replays"].get("train")
+        is_inside = place is not None and place["start"] is not None
+        self._folder.open_log(self.steps if resume else -1, self.epoch, is_inside=is_inside)
         try:
             done = 0 if batches is None else self.steps
             with TrainingProgress(epochs, batches, self.progress, done=done) as bar:
@@ -323,18 +332,24 @@ class Distiller:
         # By a name of its own, as fit's loader can be another one.
         self._replays = replays_of(teacher=train)
         replay = self._replays["teacher"]
-        if resume and self._folder.has_checkpoint:
-            self.load(self._checkpoint)
-            if self._resumed is not None and "teacher" in self._resumed["replays"]:
-                replay.restore(self._resumed["replays"]["teacher"])
+        if resume and self._load_run():
+            place = {} if self._resumed is None else self._resumed["replays"]
+            if "teacher" in place:
+                replay.restore(place["teacher"])
         training(self.teacher)
         self._folder.make()
         while self._tally.teacher_epochs < epochs:
             set_epoch(train, self._tally.teacher_epochs)
+            waiting = 0
             for given in replay.start():
                 indexed = require_indices(given)
-                self._joint_step().teach(indexed, len(indexed.indices))
-                take_step(self.teacher_optimizer, self.clip_norm)
+                self._joint_step().teach(indexed, len(indexed.indices) * self.accumulate)
+                waiting += 1
+                if waiting == self.accumulate:
+                    self._step_teacher(waiting / self.accumulate)
+                    waiting = 0
+            if waiting:
+                self._step_teacher(waiting / self.accumulate)
             end_epoch(self.teacher_scheduler)
             self._watch.flush()
             self._tally.teacher_epochs += 1
@@ -480,12 +495,16 @@ class Distiller:
             model.zero_grad()
 
     def _take_steps(self) -> None:
-        self._waiting = 0
+        share, self._waiting = self._waiting / self.accumulate, 0
         with self.clock.part("student"):
-            take_step(self.student_optimizer, self.clip_norm)
-        if self.teacher_optimizer is not None and self.mechanism.trains_teacher:
+            take_step(self.student_optimizer, self.clip_norm, share)
+        if self.mechanism.trains_teacher:
+            self._step_teacher(share)
+
+    def _step_teacher(self, share: float) -> None:
+        if self.teacher_optimizer is not None:
             with self.clock.part("teacher"):
-                take_step(self.teacher_optimizer, self.clip_norm)
+                take_step(self.teacher_optimizer, self.clip_norm, share)
 
     def _train_epoch(self, train: Any, bar: TrainingProgress) -> None:
         iterator = self._batches(train)
@@ -505,7 +524,7 @@ class Distiller:
             if self.checkpoint_every is not None and self.steps % self.checkpoint_every == 0:
                 self._save_run()
         if self._waiting:
-            self._take_steps()
+            self._take_steps()  # of fewer batches than the others
 
     def _batches(self, train: Any) -> Iterator[Any]:
         """Those of the epoch that begins, or what is left of one that was interrupted."""
@@ -562,6 +581,21 @@ class Distiller:
         if self.weighting is not None:
             self._folder.log({"kind": "refresh", "epoch": self.epoch, "step": self.steps, **self.weighting.record})
 
+    def _load_run(self) -> bool:
+        """Go on with the checkpoint of `run_dir`, if there is one; all ranks are at the same place then."""
+        found = self._folder.has_checkpoint
+        with together(self._group, self._device):
+            if found:
+                self.load(self._checkpoint)
+        places = gather_over_ranks((self._tally.teacher_epochs, self.epoch, self.steps, found), self._group)
+        if len(set(places)) > 1:
+            raise ValueError(
+                f"the checkpoints of the ranks in {self.run_dir} are of different moments, the steps "
+                f"{', '.join(str(steps) for _, _, steps, _ in places)}: the processes were stopped while some had "
+                "saved and others had not. Start over with resume=False or another run_dir"
+            )
+        return found
+
     def _save_run(self) -> None:
         if self.run_dir is not None:
             self.save(self._checkpoint)
@@ -591,12 +625,16 @@ class Distiller:
             "student_optimizer": optimizer_told(self.student_optimizer),
             "teacher_optimizer": optimizer_told(self.teacher_optimizer),
             "accumulate": self.accumulate,
+            "clip_norm": self.clip_norm,
+            "autocast": None if self._autocast is None else str(self._autocast),
+            "given weights": None if self._given is None else self._given.told(),
         }
         if not self.mechanism.weighs or self._given is not None:
             return settings
         options = self._weighting_options
         kept = ("refresh", "warmup_epochs", "ema", "combine", "normalize", "solve_samples", "solve_every", "seed")
-        return {**settings, "rule": told(self.rule), **{name: options[name] for name in kept}}
+        influence = options_told(options["influence"])
+        return {**settings, "rule": told(self.rule), "influence": influence, **{name: options[name] for name in kept}}
 
     def _gradients(self) -> dict[str, list[Tensor | None]]:
         models = {"student": self.student, "teacher": self.teacher}

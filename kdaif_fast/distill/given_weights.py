@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ class GivenWeights:
         """Those of these samples, [n]."""
         return self.weights[indices.to(self.weights.device)]
 
+    def told(self) -> str:
+        """By which others are told from them."""
+        seen = hashlib.blake2b(self.weights.double().cpu().numpy().tobytes(), digest_size=8)
+        return f"{len(self.weights)} ({seen.hexdigest()})"
+
 
 def given_weights(weights: Any, mechanism: Mechanism, device: torch.device) -> GivenWeights | None:
     """They themselves, checked; None for None."""
@@ -32,4 +38,6 @@ def given_weights(weights: Any, mechanism: Mechanism, device: torch.device) -> G
         raise ValueError(f"weights are {form}, expected a floating-point tensor [N]")
     if not bool(weights.isfinite().all()):
         raise ValueError(f"weights are not finite at {(~weights.isfinite()).nonzero()[:10, 0].tolist()}")
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights are negative at {(weights < 0).nonzero()[:10, 0].tolist()}, expected numbers >= 0")
     return GivenWeights(weights, device)

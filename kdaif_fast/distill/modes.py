@@ -56,6 +56,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes train the model together."""
+    return any(isinstance(part, DistributedDataParallel) and part.process_group.size() > 1 for part in model.modules())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is."""
     return next(model.parameters()).device
+
+
+def require_separate(teacher: nn.Module, student: nn.Module) -> None:
+    """ValueError if the two have a parameter in common that is trained: each would train a part of the other."""
+    own = {id(p) for p in teacher.parameters() if p.requires_grad}
+    shared = [name for name, p in unwrapped(student).named_parameters() if id(p) in own]
+    if shared:
+        raise ValueError(
+            f"teacher and student have parameters in common: the student's {', '.join(shared[:5])}; expected networks "
+            "of their own (copy.deepcopy), or common parts without gradient (requires_grad_(False))"
+        )

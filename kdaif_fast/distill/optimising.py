@@ -64,9 +64,17 @@ def end_epoch(scheduler: LRScheduler | None) -> None:
         scheduler.step()
 
 
-def take_step(optimizer: Optimizer, clip_norm: float | None) -> None:
-    """One step with the gradients that are there, clipped to a norm if one is given; they are gone afterwards."""
+def take_step(optimizer: Optimizer, clip_norm: float | None, share: float = 1.0) -> None:
+    """One step with the gradients that are there, clipped to a norm if one is given; they are gone afterwards.
+
+    `share` is that of the batches of a whole group that they are of, by whose number each has been divided.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if share != 1:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.div_(share)
     if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     optimizer.zero_grad()

@@ -131,6 +131,7 @@ class KeepProbability(_Scaled):
         scale: as for `Sigmoid`.
 
     Draws one number a sample from stats.generator, in their order: a seed keeps the same samples on every device.
+    `Distiller` averages weights over measurements unless it is given ema=0; with that, weights stay 0 or 1.
 
     Source: UIDS (arXiv 1912.01321), its sigmoid sampling, with gamma 10. There samples are drawn class by class until a
         given share of them is kept; here each is drawn for itself.

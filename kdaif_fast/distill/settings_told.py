@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -27,3 +28,11 @@ def optimizer_told(optimizer: Optimizer | None) -> str | None:
         return None
     plain = {name: value for name, value in optimizer.defaults.items() if isinstance(value, (int, float, tuple, str))}
     return f"{type(optimizer).__name__}({', '.join(f'{name}={plain[name]}' for name in sorted(plain))})"
+
+
+def options_told(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options by name: numbers and words as they are, anything else by its type."""
+    return {
+        name: value if value is None or isinstance(value, (bool, int, float, str)) else told(value)
+        for name, value in sorted((options or {}).items())
+    }

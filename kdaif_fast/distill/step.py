@@ -117,7 +117,7 @@ class JointStep:
             step = weighting.step(batch, indexed.indices, divisor=divisor, weighs=weighs)
             used: Tensor = step.weights if weighs else weighting(indexed.indices)
             self._watch.look("the student's loss", step.losses, indexed.indices)
-            self._watch.look("the weight", used, indexed.indices)
+            self._watch.look("the weight is negative or", used.where(used >= 0, float("nan")), indexed.indices)
             return step.losses, used, step.phi
         weights = None if weighting is None else weighting(indexed.indices)
         outputs = call_model(self._student, batch.inputs, "batch", updates_buffers=True)

@@ -66,17 +66,21 @@ class WeightBook:
         return weights * self._factor if self.normalize else weights
 
     def record(self, indices: Tensor, measured: Tensor) -> Tensor:
-        """Take new measurements of these samples in; the weights that they have from now on."""
+        """Take new measurements of these samples in; the weights that they have from now on.
+
+        Measurements that are no weights (negative or not finite) are given back as they are, and leave the book alone.
+        """
         measured = measured.detach().to(self._weights)
         seen = self._seen[indices]
         now = torch.where(seen, self._combine(indices, measured), measured)
         averaged = torch.where(seen, self.ema * self._weights[indices] + (1 - self.ema) * now, now)
-        self._measured[indices] = measured
-        self._combined[indices] = now
-        self._weights[indices] = averaged
-        self._seen[indices] = True
-        self._touched[indices] = True
-        return averaged * self._factor if self.normalize else averaged
+        usable = (measured >= 0) & measured.isfinite()
+        for values, new in ((self._measured, measured), (self._combined, now), (self._weights, averaged)):
+            values[indices] = torch.where(usable, new, values[indices])
+        self._seen[indices] = seen | usable
+        self._touched[indices] |= usable
+        found = torch.where(usable, averaged, measured)
+        return found * self._factor if self.normalize else found
 
     def forget(self, indices: Tensor) -> None:
         """Put weight 1 in for these samples, as if they had never been measured."""

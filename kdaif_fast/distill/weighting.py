@@ -298,6 +298,7 @@ class InfluenceWeighting:
     def forget(self, indices: Tensor) -> None:
         """Give these samples weight 1, as before their first measurement: they are not what they were any more."""
         self._book.forget(indices.to(self._device))
+        self._phi[indices.to(self._device)] = float("nan")
 
     def gather(self) -> None:
         """Bring together what the steps of all ranks have measured; `start_epoch` does it. All ranks have to call it.
@@ -427,7 +428,11 @@ class InfluenceWeighting:
 
         stats = SampleStatistics(where, targets, self._reference, self._generator, rows=rows, losses=losses)
         weights = checked_weights(self.rule(stats, phi, self._epoch), phi)
-        self._phi[where] = phi.detach().to(self._phi)
+        if weights.device.type == "cpu":
+            # Where phi is not finite, it is a loss that is to be told of.
+            require_usable(weights.where(phi.isfinite(), 1.0), where)
+        phi = phi.detach().to(self._phi)
+        self._phi[where] = torch.where(phi.isfinite(), phi, self._phi[where])
         self._has_new_phi = True
         return self._book.record(where, weights)
 

@@ -84,8 +84,20 @@ def test_samplers_of_batch_samplers_hear_of_the_epoch():
 
 def test_accumulated_batches_are_one_step():
     whole, parts = make(mechanism="online", optimizer=sgd), make(mechanism="online", optimizer=sgd, accumulate=2)
+    whole.fit_teacher(loaders(shuffle=False, batch=12)[0], 1)
+    parts.fit_teacher(loaders(shuffle=False, batch=6)[0], 1)
+    for a, b in zip(whole.teacher.parameters(), parts.teacher.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
     whole.fit(loaders(shuffle=False, batch=12)[0], loaders()[1], 1)
     parts.fit(loaders(shuffle=False, batch=6)[0], loaders()[1], 1)
+    for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_group_of_fewer_batches_at_the_end_is_a_step_as_large():
+    whole, parts = make(mechanism="online", optimizer=sgd), make(mechanism="online", optimizer=sgd, accumulate=3)
+    for distiller in (whole, parts):
+        distiller.fit(loaders(shuffle=False, batch=24)[0], None, 2)
     for a, b in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -252,6 +264,7 @@ class TestBadInput:
         [
             ({"weights": torch.ones(3), "mechanism": "online"}, "mechanism 'online' uses none"),
             ({"weights": torch.tensor([1.0, float("nan")])}, r"not finite at \[1\]"),
+            ({"weights": torch.tensor([1.0, -0.5])}, r"negative at \[1\]"),
             ({"weights": [1.0]}, r"expected a floating-point tensor \[N\]"),
             ({"accumulate": 0}, "accumulate is 0"),
             ({"checkpoint_every": 0}, "checkpoint_every is 0"),
@@ -265,6 +278,30 @@ class TestBadInput:
     def test_settings_that_make_no_sense(self, settings, message):
         with pytest.raises((ValueError, TypeError), match=message):
             make(**settings)
+
+    @pytest.mark.parametrize("mechanism", ["online", "vanilla", "M3"])
+    def test_networks_with_parts_in_common(self, mechanism):
+        teacher, student = network(), network()
+        student[0] = teacher[0]
+        optimizer = None if mechanism == "vanilla" else adam
+        with pytest.raises(ValueError, match=r"parameters in common: the student's 0\.weight, 0\.bias"):
+            Distiller(teacher, student, optimizer, adam, mechanism=mechanism)
+        teacher[0].requires_grad_(False)
+        Distiller(teacher, student, optimizer, adam, mechanism=mechanism)
+
+    def test_what_a_bad_batch_measures_is_not_kept(self):
+        distiller = make(mechanism="M3", refresh="step")
+        train = distiller.prepare(*loaders())
+        distiller.start_epoch(0)
+        indexed = next(iter(train))
+        bias = distiller.student[2].bias.detach()
+        kept = bias.clone()
+        bias.fill_(float("nan"))
+        with pytest.raises(LossNotFiniteError, match="student's loss"):
+            distiller.step(indexed)
+        bias.copy_(kept)
+        assert distiller.weighting.weights.isfinite().all()
+        assert distiller.step(indexed).weights.isfinite().all()
 
     def test_given_weights_of_another_number_of_samples(self):
         with pytest.raises(ValueError, match=r"7 weights .* 24 samples"):

@@ -1,5 +1,6 @@
 """A run that is interrupted at any step goes on as if nothing had happened, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from kdaif_fast.distill import CheckpointError, Distiller
 from kdaif_fast.distill.rules import Shuffled
 from kdaif_fast.distill.settings_told import told
 
-from .cases import adam, assert_same_bits, loaders, make, network, samples, state_of
+from .cases import SOLVE, adam, assert_same_bits, loaders, make, network, samples, state_of
 
 SETTINGS = {
     "M3 step": {"mechanism": "M3", "refresh": "step", "dropout": 0.2},
@@ -50,9 +51,11 @@ class InterruptedAtStepError(Exception):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resumed_at_any_step(name, tmp_path):
-    whole = seeded(SETTINGS[name])
+    whole = seeded(SETTINGS[name], run_dir=tmp_path / "whole")
     train(whole)
     expected = state_of(whole)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    of_whole = [(line["kind"], line["epoch"], line["step"]) for line in lines]
     for stop in (1, 2, 3, 5, 8, 11):
         run_dir = tmp_path / str(stop)
         first = seeded(SETTINGS[name], run_dir=run_dir)
@@ -72,12 +75,44 @@ def test_resumed_at_any_step(name, tmp_path):
         second = make(100 + stop, student_scheduler=scheduler, checkpoint_every=1, run_dir=run_dir, **SETTINGS[name])
         train(second)
         assert_same_bits(expected, state_of(second))
+        lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+        assert [(line["kind"], line["epoch"], line["step"]) for line in lines] == of_whole
         without_times = [
             {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in second.history
         ]
         assert without_times == [
             {k: v for k, v in record.items() if k not in ("seconds", "weight_histogram")} for record in whole.history
         ]
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 4])
+def test_what_was_logged_twice_is_kept_once(checkpoint_every, tmp_path):
+    """The end of an epoch, and what was measured at the start of one, before a checkpoint knew of it."""
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    settings = {"mechanism": "M1", "run_dir": tmp_path, "checkpoint_every": checkpoint_every}
+    for after in (2, 3):
+        distiller = make(**settings)
+        log, calls = distiller._folder.log, []
+
+        def log_and_stop(record, log=log, calls=calls, after=after):
+            log(record)
+            calls.append(record)
+            if len(calls) == after:
+                raise Stopped
+
+        distiller._folder.log = log_and_stop
+        with pytest.raises(Stopped):
+            distiller.fit(*loaders(), 3)
+    make(**settings).fit(*loaders(), 3)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["epoch"]) for line in lines] == [
+        *(("refresh", 0), ("epoch", 1)),
+        *(("refresh", 1), ("epoch", 2)),
+        *(("refresh", 2), ("epoch", 3)),
+    ]
 
 
 SCRIPT = """
@@ -139,6 +174,10 @@ def test_starting_over(tmp_path):
         ({"mechanism": "M3"}, "mechanism 'M1'"),
         ({"mechanism": "M1", "rule": "drop"}, "rule"),
         ({"mechanism": "M1", "refresh": "step"}, "refresh 'epoch'"),
+        ({"mechanism": "M1", "clip_norm": 1.0}, "clip_norm None, but this run 1.0"),
+        ({"mechanism": "M1", "autocast": torch.bfloat16}, "autocast None, but"),
+        ({"mechanism": "M1", "influence": {"damping": 0.2, "tol": 1e-2}}, "influence .*0.1.*0.2"),
+        ({"mechanism": "M1", "weights": torch.ones(24)}, "given weights None"),
         ({"mechanism": "M1", "optimizer": lambda p: torch.optim.Adam(p, 1.0)}, "lr=0.01"),
     ],
 )
@@ -151,6 +190,13 @@ def test_other_settings_are_refused_and_nothing_is_changed(settings, named, tmp_
     with pytest.raises(ValueError, match=named):
         other.fit(train_loader, val_loader, 2)
     assert_same_bits(before, state_of(other))
+
+
+def test_other_given_weights_are_refused(tmp_path):
+    make(mechanism="M1", weights=torch.ones(24), run_dir=tmp_path).fit(*loaders(), 1)
+    with pytest.raises(ValueError, match="given weights"):
+        make(mechanism="M1", weights=torch.rand(24), run_dir=tmp_path).fit(*loaders(), 2)
+    assert len(make(mechanism="M1", weights=torch.ones(24), run_dir=tmp_path).fit(*loaders(), 2)) == 2
 
 
 def test_rules_made_of_functions_are_told_alike_in_another_process():
@@ -272,7 +318,7 @@ def test_what_does_not_fit_changes_nothing(other, tmp_path):
         adam,
         grouped if other == "groups" else adam,
         mechanism="M1",
-        **{"warmup_epochs": 0, "loss": DistillationLoss(2.0, 0.5), "run_dir": tmp_path},
+        **{"warmup_epochs": 0, "influence": SOLVE, "loss": DistillationLoss(2.0, 0.5), "run_dir": tmp_path},
     )
     data = loaders(30 if other == "samples" else 24)
     second.prepare(*data)

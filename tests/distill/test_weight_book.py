@@ -75,3 +75,14 @@ def test_shares_that_are_none(ema):
 def test_combinations_that_are_none():
     with pytest.raises(ValueError, match="mean, product, ema"):
         WeightBook(3, CPU, combine="median")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_what_is_no_weight_is_not_kept(bad):
+    book = WeightBook(3, CPU, ema=0.5)
+    where = torch.tensor([0, 1])
+    book.record(where, torch.tensor([0.5, 0.5]))
+    found = book.record(torch.tensor([1, 2]), torch.tensor([bad, bad]))
+    torch.testing.assert_close(found, torch.tensor([bad, bad]), equal_nan=True)
+    assert book.read().tolist() == [0.5, 0.5, 1]
+    assert book.record(torch.tensor([2]), torch.tensor([0.25])).tolist() == [0.25]  # its first

@@ -169,15 +169,33 @@ class TestRules:
         with pytest.raises((ValueError, TypeError), match=error):
             self.run(refresh, rule)
 
+    @pytest.mark.parametrize("refresh", ["epoch", "step"])
     @pytest.mark.parametrize("bad", [float("nan"), -1.0, float("inf")])
-    def test_weights_that_cannot_be_used(self, bad):
+    def test_weights_that_cannot_be_used(self, bad, refresh):
         def rule(stats, phi, epoch):
-            weights = torch.ones_like(phi)
-            weights[5] = bad
-            return weights
+            return torch.where(stats.indices == 5, bad, 0.5)
 
-        with pytest.raises(ValueError, match=r"\b5\b"):
-            self.run("epoch", rule)
+        with pytest.raises(ValueError, match=r"\{5: "):
+            self.run(refresh, rule)
+
+    @pytest.mark.parametrize("refresh", ["epoch", "step"])
+    def test_weights_that_cannot_be_used_leave_those_of_before(self, refresh):
+        calls = []
+
+        def rule(stats, phi, epoch):
+            calls.append(epoch)
+            return torch.full_like(phi, 0.5 if epoch == 3 else -1.0)
+
+        weighting = self.run(refresh, rule)
+        before = weighting.weights, weighting.phi
+        indices, batch = next(iter(with_indices(loaders(flip=0.3)[0])))
+        if refresh == "step":
+            weighting.start_epoch(4)
+        with pytest.raises(ValueError, match="negative or not finite"):
+            weighting.start_epoch(4) if refresh == "epoch" else weighting.step(batch, indices)
+        assert calls[-1] == 4
+        assert torch.equal(weighting.weights, before[0])
+        assert torch.equal(weighting.phi, before[1])
 
     def test_a_rule_that_is_none(self):
         with pytest.raises(TypeError, match="rule is a float"):

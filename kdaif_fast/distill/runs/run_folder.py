@@ -49,10 +49,13 @@ class RunFolder:
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def open_log(self, step: int) -> None:
-        """Begin to log at this step; what is there of later ones, which were not checkpointed, is dropped."""
-        self._log = RunLog(self.path if self._is_first else None, tensorboard=self._tensorboard)
-        self._log.rewind(step)
+    def open_log(self, step: int, epoch: int, *, is_inside: bool) -> None:
+        """Begin to log at this step; what is there of later, which was not checkpointed, is dropped.
+
+        `epoch` is how many are finished, `is_inside` whether another one is begun.
+        """
+        self._log = RunLog(self.path if self._is_first else None, tensorboard=self._tensorboard and self._is_first)
+        self._log.rewind(step, epoch, is_inside=is_inside)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add a record to the log, if it is open."""

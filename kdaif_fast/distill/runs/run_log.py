@@ -88,9 +88,23 @@ class RunLog:
         if self._board is not None:
             self._board.write(plain)
 
-    def rewind(self, step: int) -> None:
-        """Drop the records of later steps: for a run that goes on from a checkpoint made at this step."""
-        kept = [record for record in self._records if record["step"] <= step]
+    def rewind(self, step: int, epoch: int | None = None, *, is_inside: bool = True) -> None:
+        """Drop the records of what came later: for a run that goes on from a checkpoint made at this step.
+
+        Args:
+            step: of the checkpoint.
+            epoch: how many epochs were finished. Records of the same step can be of more: the epoch ended, and the
+                process was killed before it could be checkpointed.
+            is_inside: whether it is from within an epoch; if not, what was measured at that epoch's start came later.
+        """
+
+        def is_before(record: Mapping[str, Any]) -> bool:
+            if record["step"] != step or epoch is None:
+                return bool(record["step"] <= step)
+            is_begun = record["kind"] == "epoch" or is_inside
+            return bool(record["epoch"] <= epoch if is_begun else record["epoch"] < epoch)
+
+        kept = list(filter(is_before, self._records))
         if len(kept) < len(self._records):
             self._records = kept
             if self._folder is not None:

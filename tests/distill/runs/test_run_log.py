@@ -14,6 +14,7 @@ import torch
 
 import kdaif_fast
 from kdaif_fast import _files
+from kdaif_fast.distill.runs.run_folder import RunFolder
 from kdaif_fast.distill.runs.run_log import RunLog, numbers, read_log
 
 
@@ -301,3 +302,12 @@ def test_tensorboard_needs_a_folder_and_the_package(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install tensorboard"):
         RunLog(tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_log_nothing(tmp_path):
+    folder = RunFolder(tmp_path, rank=1, tensorboard=True)
+    folder.make()
+    folder.open_log(0, 0, is_inside=False)
+    folder.log({"kind": "epoch", "epoch": 1, "step": 4})
+    folder.close_log()
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from transformers import (
     BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -56,7 +57,7 @@ def accuracy(prediction):
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def main(epochs=5, train=400, **arguments):
+def main(epochs=15, train=400, compare=False, **arguments):
     set_seed(0)
     tokenizer = make_tokenizer()
     (train_data, flipped), (val_data, _), (test_data, _) = (
@@ -66,9 +67,8 @@ def main(epochs=5, train=400, **arguments):
     )
     tokenized = [data.map(lambda rows: tokenizer(rows["text"])) for data in (train_data, val_data, test_data)]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = InfluenceTrainer(  # instead of Trainer
-            make_model(),
-            TrainingArguments(
+        settings = {
+            "args": TrainingArguments(
                 folder,
                 num_train_epochs=epochs,
                 per_device_train_batch_size=16,
@@ -77,22 +77,33 @@ def main(epochs=5, train=400, **arguments):
                 eval_strategy="epoch",
                 logging_strategy="epoch",
                 report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
                 **arguments,
             ),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            train_dataset=tokenized[0],
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "train_dataset": tokenized[0],
+            "eval_dataset": tokenized[2],
+            "compute_metrics": accuracy,
+        }
+        if compare:
+            set_seed(0)
+            plain = Trainer(make_model(), **settings)
+            plain.train()
+            print(f"test accuracy: {plain.evaluate()['eval_accuracy']:.1%} with transformers.Trainer")
+        set_seed(0)
+        trainer = InfluenceTrainer(
+            make_model(),
+            **settings,
             val_dataset=tokenized[1],  # what influence is measured on: trusted labels
-            eval_dataset=tokenized[2],
-            compute_metrics=accuracy,
-            weighting={"refresh": "epoch", "warmup_epochs": 1, "influence": {"max_iter": 10}},
+            weighting={"refresh": "epoch", "warmup_epochs": 1},
         )
         trainer.train()
         result = trainer.evaluate()
     weights = trainer.weighting.weights.cpu()
-    print(f"test accuracy: {result['eval_accuracy']:.1%}")
+    print(f"test accuracy: {result['eval_accuracy']:.1%} with InfluenceTrainer")
     print(f"mean weight: {weights[~flipped].mean():.2f} of right labels, {weights[flipped].mean():.2f} of wrong ones")
     return result["eval_accuracy"], weights, flipped
 
 
 if __name__ == "__main__":
-    main()
+    main(compare=True)

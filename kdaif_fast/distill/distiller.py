@@ -19,8 +19,8 @@ from .evaluation import accuracy
 from .finite import FiniteWatch, LossNotFiniteError
 from .fitting_state import require_fitting
 from .given_weights import given_weights
-from .indexed import IndexedBatch, has_indices, require_indices, sample_count, with_indices
-from .measured_data import validation_data
+from .indexed import IndexedBatch, require_indices, sample_count, with_indices
+from .measured_data import require_batches, validation_data
 from .mechanisms import Mechanism, find_mechanism
 from .modes import device_of, is_spread, require_separate, training, unwrapped
 from .optimising import OptimizerLike, SchedulerLike, end_epoch, make_optimizer, make_scheduler, take_step
@@ -34,7 +34,7 @@ from .runs.samples_file import SampleFacts
 from .runs.weight_figures import weight_figures
 from .schedule import check_counts, check_schedule
 from .settings_told import optimizer_told, options_told, told
-from .step import JointStep, StepResult, require_same_classes
+from .step import JointStep, StepResult, require_same_classes, require_validation_losses
 from .tally import Tally
 from .weight_book import check_averaging
 from .weighting import InfluenceWeighting
@@ -186,6 +186,8 @@ class Distiller:
         }
         self.weighting: InfluenceWeighting | None = None
         """Measures and keeps the weights, once `fit` or `prepare` has been given data; None without any."""
+        if clip_norm is not None and (not isinstance(clip_norm, (int, float)) or not clip_norm > 0):
+            raise ValueError(f"clip_norm is {clip_norm!r}, expected a number > 0 or None")
         self.checkpoint_every, self.clip_norm, self.accumulate = checkpoint_every, clip_norm, accumulate
         self.progress, self.facts = progress, facts
         self.clock = Clock()
@@ -245,7 +247,11 @@ class Distiller:
         Raises:
             ValueError, TypeError: as fit.
         """
-        train = train_loader if has_indices(train_loader) else with_indices(train_loader)
+        train = require_batches(with_indices(train_loader), "train_loader")
+        if val_loader is not None:
+            require_batches(val_loader, "val_loader")
+        if self.facts is not None:
+            self.facts.require_for(sample_count(train))
         if self.mechanism.weighs and self._given is None:
             if val_loader is None:
                 raise ValueError(f"val_loader is None, but mechanism {self.mechanism.name!r} measures influence on it")
@@ -264,6 +270,7 @@ class Distiller:
             if first is None:
                 raise ValueError("val_loader is empty: it gave no batch")
             require_same_classes(self.teacher, self.student, first, self._device)
+            require_validation_losses(self.student, self.loss, first, self._device)
         return train
 
     def fit(
@@ -293,6 +300,7 @@ class Distiller:
         Warns:
             UserWarning: training and validation data have samples in common.
         """
+        check_counts(epochs=epochs)
         train = self.prepare(train_loader, val_loader)
         self._replays = replays_of(train=train, val=val_loader)
         if resume and self._load_run() and self.epoch >= epochs:
@@ -306,6 +314,7 @@ class Distiller:
         self._folder.make()
         place = None if self._resumed is None else self._resumed["replays"].get("train")
         is_inside = place is not None and place["start"] is not None
+        self._folder.keep_settings(self._settings())
         self._folder.open_log(self.steps if resume else -1, self.epoch, is_inside=is_inside)
         try:
             done = 0 if batches is None else self.steps
@@ -328,7 +337,7 @@ class Distiller:
         """
         if self.teacher_optimizer is None:
             raise ValueError("teacher_optimizer is None, but fit_teacher trains the teacher")
-        train = train_loader if has_indices(train_loader) else with_indices(train_loader)
+        train = require_batches(with_indices(train_loader), "train_loader")
         # By a name of its own, as fit's loader can be another one.
         self._replays = replays_of(teacher=train)
         replay = self._replays["teacher"]
@@ -573,7 +582,9 @@ class Distiller:
                     record[f"{prefix}teacher_accuracy"] = accuracy(self.teacher, data)
         weights = self.current_weights
         if weights is not None:
-            flipped = None if self.facts is None else self.facts.known_flips(self._tally.labels)
+            measured = self._given is not None or (self.weighting is not None and self.weighting.has_measured)
+            # Before anything is measured, weights of 1 have found nothing.
+            flipped = self.facts.known_flips(self._tally.labels) if self.facts is not None and measured else None
             record |= weight_figures(weights, flipped)
         return {**record, "seconds": dict(self.clock.seconds)}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .indexed import IndexedCollate, IndexedDataset, in_order, own_share, visited, with_indices
 
@@ -59,3 +59,20 @@ def own_validation_data(val: Any) -> Any:
     places = visited(val)
     own = own_share(val, places)
     return val if len(own) == len(places) else in_order(val, own, _batch_size_of(val))
+
+
+def require_batches(data: Any, name: str) -> Any:
+    """The data, if they come in batches and there are any; TypeError or ValueError, which names the argument."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"{name} is a {type(getattr(data, 'dataset', data)).__name__}, a data set, expected batches of it: "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)"
+        )
+    try:
+        count = len(data)
+    except TypeError:
+        return data
+    if count == 0:
+        why = " (drop_last=True, and fewer samples than a batch?)" if getattr(data, "drop_last", False) else ""
+        raise ValueError(f"{name} is empty: it has no batch{why}")
+    return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -53,3 +54,18 @@ def require_usable(weights: Tensor, indices: Tensor) -> None:
             f"{len(bad)} of {len(weights)} weights are negative or not finite (sample: weight) {{{named}{more}}}; "
             "expected finite numbers >= 0"
         )
+
+
+def require_rule(rule: Any) -> None:
+    """TypeError, that says what a rule is, for something that cannot be called with (stats, phi, epoch)."""
+    form = "a name or a function (stats, phi, epoch) -> weights"
+    if not callable(rule):
+        raise TypeError(f"rule is a {type(rule).__name__}, expected {form}")
+    try:
+        signature = inspect.signature(rule)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(None, None, 0)
+    except TypeError as error:
+        raise TypeError(f"rule is {rule!r}, which takes {signature}, expected {form}") from error

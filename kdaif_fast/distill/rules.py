@@ -245,7 +245,7 @@ class SelectFraction:
     the reference. Scores of a batch are selected if they are below the last of those (or equal, and not behind it).
 
     Args:
-        share: in (0, 1].
+        share: in (0, 1]; the default is ours.
 
     Source: Label Revision + Data Selection (arXiv 2404.03693) selects by influence; its rule was not found, and this
         one is ours.
@@ -257,7 +257,7 @@ class SelectFraction:
         tensor([1., 0., 0., 1.])
     """
 
-    share: float
+    share: float = 0.8
 
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, Real):

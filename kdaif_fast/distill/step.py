@@ -165,3 +165,13 @@ def require_same_classes(teacher: nn.Module, student: nn.Module, given: Any, dev
             f"teacher gives outputs {tuple(first.shape)} and student {tuple(second.shape)} for the same batch; "
             "expected the same number of classes"
         )
+
+
+@torch.no_grad()
+def require_validation_losses(student: nn.Module, loss: Loss, given: Any, device: torch.device) -> None:
+    """Compute the loss of a batch of validation samples once, so that what is wrong with it shows before training."""
+    batch = on_device(as_batch(given.batch if isinstance(given, IndexedBatch) else given), device)
+    plain = unwrapped(student)
+    with evaluating(plain):
+        outputs = call_model(plain, batch.inputs, "the first batch of val_loader", updates_buffers=True)
+        sample_losses(loss, outputs, batch, "the first batch of val_loader")

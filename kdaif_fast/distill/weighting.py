@@ -22,9 +22,9 @@ from .finite import LossNotFiniteError
 from .indexed import in_order, own_share, sample_count, shared_samples, visited
 from .measured_data import default_batch_size, own_validation_data, training_data, validation_data
 from .modes import device_of, evaluating, unwrapped
-from .rule_checks import checked_weights, require_usable
+from .rule_checks import checked_weights, require_rule, require_usable
 from .rules import WeightRule, make_rule
-from .schedule import check_counts, check_schedule, require_one_pass
+from .schedule import check_counts, check_schedule, require_influence_options, require_one_pass
 from .semi.soft_targets import most_likely
 from .statistics import SampleStatistics
 from .taught import Taught, taught
@@ -150,14 +150,11 @@ class InfluenceWeighting:
             None if params is None else params if isinstance(params, (str, Tensor, nn.Module)) else list(params)
         )
         self.rule = make_rule(rule) if isinstance(rule, str) else rule
-        if not callable(self.rule):
-            raise TypeError(
-                f"rule is a {type(rule).__name__}, expected a name or a function (stats, phi, epoch) -> weights"
-            )
+        require_rule(self.rule)
         if refresh == "step":
             require_one_pass(self._plain, loss)
         self.warmup_epochs, self.solve_every = warmup_epochs, solve_every
-        self._influence = {**INFLUENCE, **(influence or {})}
+        self._influence = {**INFLUENCE, **require_influence_options(influence)}
         self._solve_samples, self._group = solve_samples, group
         self._train = training_data(train, batch_size)
         self._batch_size = batch_size or default_batch_size(self._plain, self._train)
@@ -178,6 +175,7 @@ class InfluenceWeighting:
         self._direction: Tensor | None = None
         self._reference: Tensor | None = None
         self._epoch = 0
+        self._has_started = False
         self._has_new_phi = False
         self._history = history
         self.measurements: list[tuple[int, Tensor]] = []
@@ -201,18 +199,31 @@ class InfluenceWeighting:
         return self._phi.clone()
 
     @property
+    def has_measured(self) -> bool:
+        """Whether there is any phi yet."""
+        return bool(self.measurements) or self._has_new_phi
+
+    @property
     def is_one_pass(self) -> bool:
         """Whether the next steps shall go through `step`: refresh is "step", and there is a direction."""
         return self._direction is not None
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """The weights of these samples, [n], on the model's device."""
+        """The weights of these samples, [n], on the model's device; 1 before anything was measured."""
+        if not self._has_started:
+            self._has_started = True
+            warn_user(
+                "weights were asked for before start_epoch was called: they are 1 until something is measured. Call "
+                "start_epoch(epoch) at the beginning of every epoch"
+                + ("" if isinstance(self.refresh_schedule, str) else ", and start_step(step) before every step"),
+                UserWarning,
+            )
         return self._book.read(indices.to(self._device, non_blocking=True))
 
     def start_epoch(self, epoch: int) -> bool:
         """Say that an epoch begins, counted from 0; measure, or solve, if it is time to. Whether that was done."""
         self._note_steps()
-        self._epoch = epoch
+        self._epoch, self._has_started = epoch, True
         since = epoch - self.warmup_epochs
         if since < 0 or since % self.solve_every or not isinstance(self.refresh_schedule, str):
             return False
@@ -229,6 +240,7 @@ class InfluenceWeighting:
 
     def refresh(self) -> None:
         """Measure now: solve for the direction, and, unless refresh is "step", phi and the weights of all samples."""
+        self._has_started = True
         start = time.perf_counter()
         is_step = self.refresh_schedule == "step"
         own = self._own_places()
@@ -347,6 +359,7 @@ class InfluenceWeighting:
         self._reference = None if reference is None else reference.to(self._device)
         self._generator.set_state(state["generator"].cpu())
         self._epoch, self._has_new_phi = state["epoch"], state["has_new_phi"]
+        self._has_started = True
         self.measurements = [(epoch, phi) for epoch, phi in state["measurements"]]
         self.record = dict(state["record"])
 

@@ -270,6 +270,7 @@ class TestBadInput:
             ({"checkpoint_every": 0}, "checkpoint_every is 0"),
             ({"autocast": torch.float16}, "autocast is torch.float16"),
             ({"tensorboard": True}, "run_dir is None"),
+            ({"clip_norm": -1.0}, r"clip_norm is -1\.0"),
             ({"ema": 1.0}, "ema is 1.0"),
             ({"warmup_epochs": -1}, "warmup_epochs is -1"),
             ({"solve_samples": 0}, "solve_samples is 0"),
@@ -306,6 +307,39 @@ class TestBadInput:
     def test_given_weights_of_another_number_of_samples(self):
         with pytest.raises(ValueError, match=r"7 weights .* 24 samples"):
             make(weights=torch.ones(7)).fit(*loaders(), 1)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"influence": {"dampng": 1.0}}, "option 'dampng'"),
+            ({"influence": {"solver": "gmres"}}, "solver is 'gmres'"),
+            ({"rule": lambda phi: phi}, "stats, phi, epoch"),
+            ({"facts": SampleFacts(flipped=torch.ones(10, dtype=torch.bool))}, r"facts\.flipped has 10"),
+            ({"loss": lambda outputs, targets, logits: outputs.sum(1)}, "first batch of val_loader"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_training(self, settings, message):
+        def no_step(optimizer):
+            raise AssertionError("a step was taken")
+
+        def optimizer(parameters):
+            made = sgd(parameters)
+            made.register_step_pre_hook(lambda *args: no_step(made))
+            return made
+
+        with pytest.raises((ValueError, TypeError), match=message):
+            make(warmup_epochs=2, optimizer=optimizer, **settings).fit(*loaders(), 3)
+
+    def test_data_that_are_no_batches(self):
+        data = TensorDataset(*samples(24)[:2])
+        with pytest.raises(TypeError, match="train_loader is a TensorDataset"):
+            make().fit(data, loaders()[1], 1)
+        with pytest.raises(TypeError, match="val_loader is a TensorDataset"):
+            make().fit(loaders()[0], data, 1)
+        with pytest.raises(ValueError, match=r"train_loader is empty: it has no batch .*drop_last"):
+            make().fit(DataLoader(data, batch_size=50, drop_last=True), loaders()[1], 1)
+        with pytest.raises(ValueError, match=r"epochs is 1\.5"):
+            make().fit(*loaders(), 1.5)
 
     def test_optimizers_of_other_networks(self):
         other = adam(network().parameters())

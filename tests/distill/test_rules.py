@@ -337,7 +337,6 @@ class TestMakeRule:
             ("sigmod", {}, ValueError, "rule is 'sigmod', expected one of 'sigmoid', 'half_sigmoid', .*'select'"),
             ("sigmoid", {"gama": 1.0}, TypeError, "gama is given, but rule 'sigmoid' has the settings gamma, scale"),
             ("drop", {"gamma": 1.0}, TypeError, "gamma is given, but rule 'drop' has no settings"),
-            ("select", {}, TypeError, "rule 'select' needs share"),
             (Sigmoid, {}, TypeError, "rule is the class Sigmoid"),
             (Sigmoid(), {"gamma": 1.0}, TypeError, "gamma given with a rule that is a function"),
             (None, {}, TypeError, "rule is None"),

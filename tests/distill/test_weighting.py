@@ -28,7 +28,8 @@ def test_weights_in_a_loop_of_ones_own():
     train, val = loaders(flip=0.3)
     loader = with_indices(train)
     weighting = InfluenceWeighting(model, loader, val, influence=TIGHT)
-    assert (weighting(torch.tensor([3, 4])) == 1).all()
+    with pytest.warns(UserWarning, match="before start_epoch"):
+        assert (weighting(torch.tensor([3, 4])) == 1).all()
     assert weighting.start_epoch(0)
     x, y = train.dataset.tensors
     phi = influence_scores(model, (x, y), next(iter(val)), **TIGHT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._files import write_whole
 from .random_states import random_state, set_random_state
 from .run_log import RunLog
 from .samples_file import SampleFacts, write_contents, write_samples
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, SETTINGS = "checkpoint.safetensors", "run.json"
+
+OURS = "Distiller"
+"""The table of run.json that the trainer writes."""
 
 
 class RunFolder:
@@ -48,6 +53,15 @@ class RunFolder:
         """Make the folder, if there shall be one."""
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
+
+    def keep_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write run.json, which the report shows, unless another program has written one of its own."""
+        if self.path is None or not self._is_first:
+            return
+        path = self.path / SETTINGS
+        if not path.exists() or f'"{OURS}"' in path.read_text():
+            told = {OURS: {name: value for name, value in settings.items() if value is not None}}
+            write_whole(path, (json.dumps(told, indent=1, default=repr) + "\n").encode())
 
     def open_log(self, step: int, epoch: int, *, is_inside: bool) -> None:
         """Begin to log at this step; what is there of later, which was not checkpointed, is dropped.

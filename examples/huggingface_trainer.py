@@ -95,7 +95,7 @@ def main(epochs=15, train=400, compare=False, **arguments):
             make_model(),
             **settings,
             val_dataset=tokenized[1],  # what influence is measured on: trusted labels
-            weighting={"refresh": "epoch", "warmup_epochs": 1},
+            weighting={"warmup_epochs": 1, "batch_size": 128, "influence": {"max_iter": 15, "keep_graphs": True}},
         )
         trainer.train()
         result = trainer.evaluate()

@@ -91,7 +91,8 @@ def run(problem_name: str, method_name: str, seed: int, settings: Settings) -> d
     weights = distiller.current_weights
     if weights is not None:
         if data.flipped.any():
-            found |= {key: last[key] for key in ("flip_auc", "flipped_below_1", "clean_below_1")}
+            kept = ("flip_auc", "flipped_below_1", "clean_below_1")  # absent before anything is measured
+            found |= {key: last[key] for key in kept if key in last}
         else:
             found["clean_below_1"] = last["share_below_1"]
         if data.is_rare.any():

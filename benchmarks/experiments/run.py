@@ -23,14 +23,8 @@ from .problems import PROBLEMS, load
 class ThreadClock(Clock):
     """Seconds that one thread computes, whatever else the machine does; over all epochs."""
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count what is done within it towards this part."""
-        start = time.thread_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.thread_time() - start
+    def __init__(self) -> None:
+        super().__init__(time.thread_time)
 
     def reset(self) -> None:
         """Nothing: epochs are not of interest."""

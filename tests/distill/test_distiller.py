@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,24 @@ def test_nothing_is_measured_while_warming_up():
     assert (distiller.weighting.weights == 1).all()
     distiller.fit(*loaders(), 4)
     assert [epoch for epoch, _ in distiller.weighting.measurements] == [2, 3]
+
+
+def test_nothing_is_told_of_flips_before_anything_is_measured():
+    distiller = make(mechanism="M1", warmup_epochs=1, facts=SampleFacts(flipped=samples(24, 1, 0.3)[2]))
+    first, second = distiller.fit(*loaders(flip=0.3), 2)
+    assert "flip_auc" not in first
+    assert 0 <= second["flip_auc"] <= 1
+
+
+def test_settings_are_in_the_runs_folder(tmp_path):
+    make(mechanism="M1", rule="drop", run_dir=tmp_path).fit(*loaders(), 1)
+    told = json.loads((tmp_path / "run.json").read_text())["Distiller"]
+    assert (told["mechanism"], told["rule"], told["refresh"]) == ("M1", "Drop()", "epoch")
+    make(mechanism="M2", run_dir=tmp_path).fit(*loaders(), 1, resume=False)
+    assert json.loads((tmp_path / "run.json").read_text())["Distiller"]["mechanism"] == "M2"
+    (tmp_path / "run.json").write_text("{}")  # another program's
+    make(mechanism="M3", run_dir=tmp_path).fit(*loaders(), 1, resume=False)
+    assert (tmp_path / "run.json").read_text() == "{}"
 
 
 def test_measured_every_few_epochs_or_steps():

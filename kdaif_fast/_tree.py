@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that vectors over parameters of this dtype have: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
@@ -16,12 +17,12 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def product_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype of products between vectors over these parameters: real, float32 at least."""
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32).to_real()
+    return functools.reduce(torch.promote_types, {x.dtype for x in tensors}, torch.float32).to_real()
 
 
 def vector_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype of flat vectors over these parameters: the widest of theirs, float32 at least."""
-    return functools.reduce(torch.promote_types, (wide_dtype(x.dtype) for x in tensors))
+    return functools.reduce(torch.promote_types, {wide_dtype(x.dtype) for x in tensors})
 
 
 def as_real(rows: Tensor) -> Tensor:

@@ -88,14 +88,10 @@ def columns(parameters: dict[str, Tensor]) -> dict[str, slice]:
 def gradient_dots(recording: Recording, vectors: Tensor, label: str) -> Tensor:
     """<grad l_i, v_k> for every sample and every row of [K, P]: [N, K]. Raises ValueError where it is not finite."""
     dots = Dots(recording, read_directions(vectors, recording.parameters)[0])
-
-    def receive(terms: list[tuple[Path, Term]]) -> None:
-        for path, term in terms:
-            dots.add(term.dots(dots.along(path)))
-
-    recording.visit(receive)
-    require_finite_rows(dots.total, label)
-    return dots.total
+    recording.visit(dots.take)
+    total = dots.total()
+    require_finite_rows(total, label)
+    return total
 
 
 def squared_norms(recording: Recording) -> dict[str, Tensor]:

@@ -60,9 +60,8 @@ def dots(recording: Recording, directions: Tensor) -> Tensor:
     ]
 
     def receive(terms: list[tuple[Path, Term]]) -> None:
-        for path, term in terms:
-            for part in parts:
-                part.add(term.dots(part.along(path)))
+        for part in parts:
+            part.take(terms)
 
     recording.visit(receive)
-    return torch.cat([part.total for part in parts], 1)
+    return torch.cat([part.total() for part in parts], 1)

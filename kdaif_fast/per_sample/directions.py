@@ -46,13 +46,17 @@ def read_directions(
     for name, parameter in parameters.items():
         _check_entry(name, direction[name], parameter)
     if all(direction[name].shape == parameter.shape for name, parameter in parameters.items()):
-        return {name: direction[name].detach().unsqueeze(0) for name in parameters}, True
+        return {name: _without_graph(direction[name]).unsqueeze(0) for name in parameters}, True
     if len({direction[name].shape[:1] for name in parameters}) != 1 or any(
         direction[name].shape == parameter.shape for name, parameter in parameters.items()
     ):
         shapes = {name: tuple(direction[name].shape) for name in list(parameters)[:5]}
         raise ValueError(f"direction has entries with different numbers of directions: {shapes}")
-    return {name: direction[name].detach() for name in parameters}, False
+    return {name: _without_graph(direction[name]) for name in parameters}, False
+
+
+def _without_graph(entry: Tensor) -> Tensor:
+    return entry.detach() if entry.requires_grad else entry
 
 
 def _check_entry(name: str, entry: Tensor, parameter: Tensor) -> None:

@@ -59,20 +59,23 @@ class Path:
 
     Attributes:
         parameters: the leaves, by name.
-        edge: the tensor, as autograd's functions take it.
         leaf: the parameter, if there is nothing but transposes and casts in between; its gradient is `leaf_grad`.
-        transposes: whether, then, rows and columns are swapped.
         rearranges: whether it only rearranges (and casts) one parameter.
         transposes: whether these swap the rows and columns of `leaf`.
     """
 
     def __init__(self, graph: Graph, edge: Edge, route: Route, parameters: Mapping[str, Tensor]) -> None:
-        self.edge = GradientEdge(graph.nodes[edge[0]], edge[1])
+        self._at = graph.nodes[edge[0]], edge[1]
         self.parameters = {name: parameters[name] for name in route.names}
         self.rearranges, self._route, self.transposes = route.rearranges, route, route.transposes
         self._simple = route.is_short
         # Straight to the leaf: nothing in between needs to run.
         self.leaf = parameters[route.names[0]] if route.is_short else None
+
+    @property
+    def edge(self) -> GradientEdge:
+        """The tensor, as autograd's functions take it."""
+        return GradientEdge(*self._at)
 
     @property
     def shape(self) -> torch.Size:

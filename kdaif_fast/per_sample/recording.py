@@ -240,7 +240,7 @@ class Recording:
         retain = again or any(j.executed and j.node in late for j in plan.junctions)
         generic: set[int] = set()
 
-        @torch.no_grad()
+        # Called by the backward pass, which is no recorded one, or below, where none is recorded either.
         def terms_of(junction: Junction, grads: tuple[Tensor | None, ...]) -> list[tuple[Path, Term]]:
             terms, is_generic = self._terms(junction, grads, early.get(junction.node))
             if is_generic:
@@ -248,7 +248,6 @@ class Recording:
                 assert junction.node in late or not junction.executed, "a rule that has become inapplicable"
             return terms
 
-        @torch.no_grad()
         def arrive(junction: Junction, grads: tuple[Tensor | None, ...]) -> None:
             receive(terms_of(junction, grads))
 

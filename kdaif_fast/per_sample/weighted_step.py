@@ -135,18 +135,10 @@ def _contract(
     directions, is_one = read_directions(direction, recording.parameters)
     if not is_one:
         raise ValueError("direction has several directions stacked, expected one")
-    dots = Dots(recording, directions)
-    kept: list[tuple[Path, Term]] = []
-
-    def receive(terms: list[tuple[Path, Term]]) -> None:
-        for path, term in terms:
-            product, rest = term.step(dots.along(path))
-            dots.add(product)
-            kept.append((path, rest))
-
-    recording.visit(receive)
-    phi = dots.total[:, 0].neg()
-    return (phi if scale is None else phi / scale), kept
+    dots = Dots(recording, directions, keeps=True)
+    recording.visit(dots.take)
+    phi = dots.total()[:, 0].neg()
+    return (phi if scale is None else phi / scale), dots.kept
 
 
 def _collect(recording: Recording) -> list[tuple[Path, Term]]:

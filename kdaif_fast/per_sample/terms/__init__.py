@@ -6,6 +6,7 @@ from .elementwise import BroadcastTerm
 from .embedding import EmbeddingTerm
 from .generic import GenericTerm
 from .linear import LinearTerm
+from .together import Together
 
 __all__ = [
     "BroadcastTerm",
@@ -15,4 +16,5 @@ __all__ = [
     "LinearTerm",
     "Materialised",
     "Term",
+    "Together",
 ]

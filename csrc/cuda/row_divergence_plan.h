@@ -14,6 +14,8 @@ constexpr int TANGENTS = 4;                  // that share a look at a class
 constexpr int64_t SHORTEST_CHUNK = 8192;     // elements, where several blocks share a row
 constexpr int64_t MOST_BLOCKS = 0x7fffffff;  // rows beyond so many are taken in turns
 
+enum Element : int { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
 struct Tangents {
   const void* u;  // T [K, N, V], strides as below
   void* out;      // T [K, N, V] contiguous

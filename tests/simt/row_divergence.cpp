@@ -2,7 +2,8 @@
 // AddressSanitizer.
 #include "simt.h"
 
-#include "cuda/row_divergence_launch.cuh"
+#include "cuda/row_divergence_fast_launch.cuh"
+#include "cuda/row_divergence_general_launch.cuh"
 
 #include <cstdio>
 #include <random>

@@ -1,25 +1,8 @@
-// From a call of row_divergence to its kernels. launch(kernel, geometry, arguments...) is the caller's: on a GPU, or by
-// a test without one.
+// From a call of row_divergence's common case to its kernels; launch as in row_divergence_general_launch.cuh.
 #pragma once
-#include "cuda/row_divergence.cuh"
 #include "cuda/row_divergence_fast_hvp.cuh"
 
 namespace kdaif {
-
-template <class F, class Launcher>
-void launch_general(const RowDivergence& d, Element element, bool check, F* loss, void* grad, Launcher launch) {
-  for_kind(d.kind, [&](auto kind) {
-    launch(row_divergence_kernel<kind(), F>, general_launch(d.N, d.V), d, element, check, loss, grad);
-  });
-}
-
-template <class F, class Launcher>
-void launch_general_hvp(const RowDivergence& d, Element element, bool check, bool gauss_newton, const Tangents& t,
-                        Launcher launch) {
-  for_kind(d.kind, [&](auto kind) {
-    launch(row_divergence_hvp_kernel<kind(), F>, general_launch(d.N, d.V), d, element, check, gauss_newton, t);
-  });
-}
 
 template <class T, int width, class Launcher>
 void launch_split(const FastPlan& p, const RowDivergence& d, bool check, float* loss, T* grad, float* workspace,

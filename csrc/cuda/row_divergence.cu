@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -41,16 +42,37 @@ Element element_of(const Tensor& x) {
   }
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// The current device's; asked for once.
+Machine machine() {
+  constexpr int known = 64;
+  static std::atomic<int64_t> cache[known];  // multiprocessors and shared memory in one number; 0: not yet
+  int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  int64_t packed = device < known ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    packed = int64_t(attribute(cudaDevAttrMultiProcessorCount, device)) << 32 |
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (device < known) cache[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed >> 32, packed & 0xffffffff};
+}
+
+PlanWish wish() {
+  static const PlanWish from_environment = plan_wish(std::getenv("KDAIF_ROW_PLAN"));
+  return from_environment;
 }
 
 template <class T>
 void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* grad) {
-  const FastPlan plan = fast_plan(d.N, d.V, sizeof(T), is_vectorisable(d, grad, sizeof(T)), multiprocessors());
+  const bool vectorised = is_vectorisable(d, grad, sizeof(T));
+  const FastPlan plan =
+      fast_plan(d.N, d.V, streams_of(d), grad != nullptr, sizeof(T), vectorised, machine(), wish());
   MaybeTensor workspace;
   if (plan.workspace > 0) workspace = torch::stable::new_empty(student, {plan.workspace}, ScalarType::Float);
   float* sums = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
@@ -60,7 +82,7 @@ void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* gra
 template <class T>
 void run_fast_hvp(const RowDivergence& d, const Tensor& student, const Tangents& t) {
   const bool vectorised = is_vectorisable(d, t, sizeof(T));
-  const FastHvpPlan plan = fast_hvp_plan(d.N, d.V, t.K, sizeof(T), vectorised, multiprocessors());
+  const FastHvpPlan plan = fast_hvp_plan(d.N, d.V, t.K, sizeof(T), vectorised, machine(), wish());
   enqueue_fast_hvp<T>(plan, d, checks_labels(), t, current_stream(student));
 }
 

@@ -13,7 +13,10 @@ struct OnStream {
 
   template <class Kernel, class... Arguments>
   void operator()(Kernel kernel, Launch l, Arguments... arguments) const {
-    kernel<<<dim3(l.blocks, l.blocks_y), l.threads, 0, stream>>>(arguments...);
+    // More shared memory than every GPU has must be asked for.
+    if (l.shared > 0)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared)));
+    kernel<<<dim3(l.blocks, l.blocks_y), l.threads, l.shared, stream>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

@@ -6,16 +6,21 @@ import torch
 from kdaif_fast.reference.row_terms import CROSS_ENTROPY, KINDS, KL
 
 from .row_driver import (
+    A100,
+    ADA,
     BLOCK,
     COMMON,
     CSRC,
     CXX,
     ELEMENTS,
+    H200,
     OPTIONS,
     ORDERS,
+    RING,
     SPLIT,
     WARP,
     WIDE,
+    Gpu,
     arguments,
     check_hvp,
     check_loss_and_grad,
@@ -42,34 +47,52 @@ def test_fast_kernels_at_every_size(driver, V, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("V", "multiprocessors", "path"), [
-    (20000, 1, None), (20001, 1, WIDE), (34000, 1, WIDE), (34000, 20, SPLIT), (34001, 20, SPLIT),
+@pytest.mark.parametrize(("V", "gpu", "path"), [
+    (20000, Gpu(), RING), (34000, Gpu(), RING), (34000, Gpu(1, A100), RING), (34000, Gpu(1, ADA), RING),
+    (9000, Gpu(1, H200, "ring:128:2"), RING), (34001, Gpu(), WIDE), (9000, Gpu(1, H200, "wide"), WIDE),
+    (34000, Gpu(20), SPLIT), (34001, Gpu(20), SPLIT),
 ])  # fmt: skip
-def test_fast_kernels_on_wide_rows(driver, V, multiprocessors, path, dtype):
-    for setting in ("both parts", "at T = 1", "the labels alone"):
-        a = arguments(2, V, dtype, other=0.0, **COMMON[setting])
-        plan = driver.plan(a, multiprocessors)
-        assert plan.path == path or path is None
+def test_fast_kernels_on_wide_rows(driver, V, gpu, path, dtype):
+    for setting in COMMON:
+        a = arguments(3, V, dtype, other=0.0, **COMMON[setting])
+        assert driver.plan(a, gpu).path == path
         a.labels[0] = V - 1
-        ours = driver.fast(a, 3, multiprocessors=multiprocessors)
+        ours = driver.fast(a, 3, gpu=gpu)
         check_loss_and_grad(ours, a)
-        again = driver.fast(a, ORDERS["warp by warp"], multiprocessors=multiprocessors)
+        again = driver.fast(a, ORDERS["warp by warp"], gpu=gpu)
         assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("V", [1, 2, 31, 33, 130, 136, 704, 2100])
-def test_fast_products_at_every_size(driver, V, dtype):
-    for setting in COMMON.values() if V < 700 else [COMMON["both parts"]]:
-        a = arguments(2, V, dtype, other=0.0, **setting)
-        for K, multiprocessors in ((1, 1), (9, 1), (9, 20)):  # the last: several blocks a row
-            u = tangents(a, K)
-            results = [driver.fast_hvp(a, u, order, multiprocessors=multiprocessors) for order in orders_for(V)]
-            assert all(torch.equal(results[0], others) for others in results[1:])
-            if V > 1:
-                check_hvp(results[0], a, u, True)
-            else:
-                assert results[0].abs().max() < 1e-5
+@pytest.mark.parametrize("wish", ["ring:64", "ring:128", "ring:256:2"])
+def test_rings_of_every_length(driver, wish, dtype):
+    """Rows that a ring holds, that it holds in part, and shorter than what it is filled with at the start."""
+    for V in (64, 1000, 2048, 2056, 10000):
+        for shared in (H200, 40000):
+            gpu, a = Gpu(2, shared, wish), arguments(7, V, dtype, other=0.0)
+            a.labels[2:4] = -100
+            if driver.plan(a, gpu).path != RING:
+                continue
+            results = [driver.fast(a, order, gpu=gpu) for order in (ORDERS["random"], ORDERS["warp by warp"])]
+            assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+            check_loss_and_grad(results[0], a)
+            alone = driver.fast(a, 3, gpu=gpu, want=(True, False))
+            torch.testing.assert_close(alone[0], results[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("V", "K", "gpu"), [
+    (9000, 1, Gpu()), (20000, 5, Gpu(2)), (20000, 4, Gpu(2, A100)), (2048, 3, Gpu(2, H200, "ring:64")),
+    (2056, 6, Gpu(3, 60000, "ring:64")),
+])  # fmt: skip
+def test_products_of_long_rows(driver, V, K, gpu, dtype):
+    for setting in ("both parts", "at T = 1"):
+        a = arguments(3, V, dtype, other=0.0, **COMMON[setting])
+        a.labels[1] = -100
+        u = tangents(a, K)
+        results = [driver.fast_hvp(a, u, order, gpu=gpu) for order in (ORDERS["random"], ORDERS["warp by warp"])]
+        assert torch.equal(*results)
+        check_hvp(results[0], a, u, True)
 
 
 def shape(N, V, dtype, multiprocessors=132):

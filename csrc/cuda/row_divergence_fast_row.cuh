@@ -173,12 +173,12 @@ struct FastRow {
   __device__ __forceinline__ float exponent_1(float s) const { return s * scale_1 - base_1; }
   __device__ __forceinline__ float exponent_t(float t) const { return t * scale_s - base_t; }
 
-  // exp at T = 1 of element i, whose exponential at T is e. Every other one is a polynomial: that loads both kinds of
+  // exp at T = 1 of element i, whose exponential at T is e. Every fourth one is a polynomial: that loads both kinds of
   // units alike.
   template <int i>
   __device__ __forceinline__ float exp_1(float s, float e) const {
     if (parts == BOTH_AT_2) return e * e;
-    return i % 2 == 1 ? exp2_by_polynomial(exponent_1(s)) : exp2_of(exponent_1(s));
+    return i % 4 == 3 ? exp2_by_polynomial(exponent_1(s)) : exp2_of(exponent_1(s));
   }
 
   template <class T, int width>

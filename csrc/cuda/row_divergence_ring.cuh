@@ -7,9 +7,13 @@
 // group of copies, be it empty. A copy is then at least as many steps old as there are slots when it is used, so that
 // to wait for all but the last IN_FLIGHT groups is enough wherever there are more slots than that.
 //
-// Predicted, not measured on a GPU, for [8192, 32000] bfloat16 on 132 multiprocessors at 1.98 GHz and 4.3 TB/s: memory
-// alone takes 11 700 cycles a row. One block of 512 threads with 13 slots of 16 KiB holds a row of 8 and 5 chunks of the
-// next. Instructions and exponentials an element: tests/test_cuda_instructions.py.
+// Predicted, not measured on a GPU, for [8192, 32000] bfloat16 on 132 multiprocessors at 1.98 GHz and 4.3 TB/s, where
+// copying alone takes 11 700 cycles a row and 85 % of its bandwidth leaves 55 instructions and 6.9 exponentials an
+// element. One block of 512 threads has 7 slots of 32 KiB: a row of 4, and 3 of the next, 96 KiB in flight. Counted from
+// the machine code (rarely executed parts left out) an element costs, in both looks together: at T = 1, 33 instructions
+// and 4 exponentials; at T = 2, 37 and 4; at other T, about 44 and 5.5, the rest being polynomials. The one barrier a
+// row, with its reduction, takes some 600 cycles. So T = 1 and 2 should reach 85 %, other T 75 to 85 %.
+// tests/test_cuda_instructions.py has the ceilings.
 #pragma once
 #if defined(__CUDACC__)
 #include <cuda_pipeline_primitives.h>

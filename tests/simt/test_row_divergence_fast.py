@@ -53,8 +53,8 @@ def test_fast_kernels_at_every_size(driver, V, dtype):
     (34000, Gpu(20), SPLIT), (34001, Gpu(20), SPLIT),
 ])  # fmt: skip
 def test_fast_kernels_on_wide_rows(driver, V, gpu, path, dtype):
-    for setting in COMMON:
-        a = arguments(3, V, dtype, other=0.0, **COMMON[setting])
+    for setting in ("both parts", "at T = 3", "the labels alone") if path == SPLIT else COMMON:
+        a = arguments(2 if path == SPLIT else 3, V, dtype, other=0.0, **COMMON[setting])
         assert driver.plan(a, gpu).path == path
         a.labels[0] = V - 1
         ours = driver.fast(a, 3, gpu=gpu)
@@ -95,30 +95,31 @@ def test_products_of_long_rows(driver, V, K, gpu, dtype):
         check_hvp(results[0], a, u, True)
 
 
-def shape(N, V, dtype, multiprocessors=132):
+def shape(N, V, dtype):
     """A plan for tensors that are not there: geometry asks for their addresses only."""
     a = arguments(1, 1, dtype, other=0.0)
     d = a.structure()
     d.N, d.V, d.class_count = N, V, V
     d.student = d.teacher = 4096
     d.student_stride = d.teacher_stride = V
-    return d, ELEMENTS[dtype], multiprocessors
+    return d, ELEMENTS[dtype]
 
 
 @pytest.mark.parametrize(("N", "V", "dtype", "path", "width", "packets", "grid", "threads"), [
     (4096, 100, torch.float32, WARP, 4, 1, (1024, 1), 128),
     (4097, 10, torch.bfloat16, WARP, 1, 8, (1025, 1), 128),
-    (4096, 1000, torch.bfloat16, WARP, 8, 4, (1024, 1), 128),
-    (4096, 1000, torch.float32, BLOCK, 4, 4, (4096, 1), 64),
-    (8192, 32000, torch.bfloat16, BLOCK, 8, 8, (8192, 1), 512),
-    (8192, 32000, torch.float32, WIDE, 4, 0, (8192, 1), 512),
+    (4096, 1000, torch.bfloat16, BLOCK, 8, 2, (4096, 1), 64),
+    (4096, 1000, torch.float32, BLOCK, 4, 2, (4096, 1), 128),
+    (8192, 32000, torch.bfloat16, RING, 8, 0, (132, 1), 512),
+    (8192, 32000, torch.float32, RING, 4, 0, (132, 1), 512),
     (8192, 50257, torch.bfloat16, WIDE, 1, 0, (8192, 1), 512),
     (4, 128256, torch.bfloat16, SPLIT, 8, 0, (15, 4), 512),
     (1, 1 << 33, torch.float32, SPLIT, 4, 0, (264, 1), 512),
+    (8192, 1 << 33, torch.float32, WIDE, 4, 0, (8192, 1), 512),
     (1 << 40, 8, torch.float32, WARP, 4, 1, (0x7FFFFFFF, 1), 128),
 ])  # fmt: skip
 def test_geometry(driver, N, V, dtype, path, width, packets, grid, threads):
-    plan = driver.plan_of(*shape(N, V, dtype))
+    plan = driver.plan_of(*shape(N, V, dtype), Gpu(132))
     assert (plan.path, plan.width, plan.packets) == (path, width, packets)
     assert ((plan.blocks, plan.blocks_y), plan.threads) == (grid, threads)
     if path in (WARP, BLOCK):
@@ -126,19 +127,49 @@ def test_geometry(driver, N, V, dtype, path, width, packets, grid, threads):
     if path == SPLIT:
         assert plan.chunk * (plan.chunks - 1) < V <= plan.chunk * plan.chunks
         assert plan.chunk % 16 == 0
-        assert plan.workspace == N * plan.chunks * 6
+        assert plan.workspace == N * plan.chunks * 7
+
+
+@pytest.mark.parametrize(("V", "dtype", "shared", "wish", "expected"), [
+    (32000, torch.bfloat16, H200, None, (512, 7, 4, 4, 0)),  # threads, slots, chunks of a row, kept, again
+    (32000, torch.bfloat16, A100, None, (512, 5, 4, 3, 1)),
+    (32000, torch.bfloat16, ADA, None, (256, 6, 8, 4, 4)),
+    (32000, torch.float32, H200, None, (512, 7, 8, 5, 3)),
+    (128256, torch.bfloat16, H200, None, (512, 7, 16, 5, 11)),
+    (32000, torch.bfloat16, H200, "ring:256:2", (256, 6, 8, 4, 4)),
+])  # fmt: skip
+def test_geometry_of_rings(driver, V, dtype, shared, wish, expected):
+    plan = driver.plan_of(*shape(8192, V, dtype), Gpu(132, shared, wish))
+    assert plan.path == RING
+    assert (plan.threads, plan.slots, plan.ring_chunks, plan.kept, plan.again) == expected
+    assert plan.ring_chunks == plan.kept + plan.again == -(-V // (plan.threads * plan.width * 2))
+    assert plan.shared == plan.slots * plan.threads * 2 * 2 * 16 <= shared - 2048
+    assert plan.blocks == 132 * (2 if wish else 1)
+
+
+@pytest.mark.parametrize(("wish", "path"), [
+    (None, RING), ("", RING), ("wide", WIDE), ("block", WIDE), ("nonsense:7", RING), ("ring:77", RING),
+])  # fmt: skip
+def test_wishes_that_cannot_be_met(driver, wish, path):
+    plan = driver.plan_of(*shape(8192, 32000, torch.bfloat16), Gpu(132, H200, wish))
+    assert (plan.path, plan.threads) == (path, 512)
 
 
 @pytest.mark.parametrize(("N", "V", "K", "dtype", "expected"), [
-    (4096, 100, 1, torch.float32, (1, 4, 1024, 1, 128)),
-    (4096, 1000, 8, torch.bfloat16, (1, 8, 1024, 1, 128)),
-    (4096, 1000, 8, torch.float32, (0, 4, 4096, 1, 128)),
-    (16, 50257, 64, torch.bfloat16, (0, 1, 16, 16, 512)),
-    (1 << 40, 1 << 40, 1 << 40, torch.float32, (0, 4, 0x7FFFFFFF, 1, 512)),
+    (4096, 100, 1, torch.float32, (WARP, 4, 1024, 128, 4096)),  # path, width, blocks, threads, items
+    (4096, 1000, 8, torch.bfloat16, (WARP, 8, 2048, 128, 8192)),
+    (4096, 1000, 8, torch.float32, (BLOCK, 4, 8192, 128, 8192)),
+    (8192, 32000, 1, torch.bfloat16, (RING, 8, 132, 512, 8192)),
+    (8192, 32000, 8, torch.bfloat16, (RING, 8, 132, 256, 16384)),
+    (16, 50257, 64, torch.bfloat16, (BLOCK, 1, 256, 512, 256)),
+    (1 << 20, 1 << 40, 1 << 10, torch.float32, (BLOCK, 4, 1 << 28, 512, 1 << 28)),
 ])  # fmt: skip
 def test_geometry_of_products(driver, N, V, K, dtype, expected):
-    structure, element, multiprocessors = shape(N, V, dtype)
-    assert driver.hvp_plan(structure, element, K, multiprocessors) == expected
+    plan = driver.hvp_plan(*shape(N, V, dtype), K, Gpu(132))
+    assert (plan.path, plan.width, plan.blocks, plan.threads, plan.items) == expected
+    if plan.path == RING:
+        assert plan.ring_chunks == plan.kept + plan.again
+        assert plan.shared == plan.slots * plan.threads * (1 + min(K, 4)) * 16 <= H200 - 2048
 
 
 def test_geometry_of_the_general_kernels(driver):

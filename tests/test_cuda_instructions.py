@@ -63,8 +63,14 @@ def looks(instructions):
         target = re.search(r"BRA\S*\s.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
-    bodies = [[text for at, text in instructions if begin <= at <= end] for begin, end in sorted(loops)]
-    found = [body for body in bodies if sum("DEPBAR.LE" in text for text in body) == 1]
+    waits = [at for at, text in instructions if "DEPBAR.LE" in text]
+    loops = [(begin, end) for begin, end in sorted(loops) if any(begin <= at <= end for at in waits)]
+    innermost = [
+        (begin, end)
+        for begin, end in loops
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops)
+    ]
+    found = [[text for at, text in instructions if begin <= at <= end] for begin, end in innermost]
     assert len(found) == 2
     return found
 

@@ -14,22 +14,36 @@ NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None or not CSRC.exists(), reason="needs nvcc and the sources")
 
+# Five sorts of loss, and two widths of loads; 64 registers let two blocks of 512 threads share a multiprocessor.
+FAST = {
+    "fast_warp_kernel": (15, 64),
+    "fast_block_kernel": (5, 64),
+    "fast_ring_kernel": (5, 92),
+    "fast_wide_kernel": (10, 64),
+    "fast_split_sums_kernel": (10, 64),
+    "fast_split_terms_kernel": (10, 64),
+}
+# One softmax or two.
+FAST_HVP = {
+    "fast_warp_hvp_kernel": (4, 74),
+    "fast_block_hvp_kernel": (4, 76),
+    "fast_ring_hvp_kernel": (2, 82),
+}
 # By source: each kernel's instances, and the most registers that one of them takes (nvcc 13.0, sm_80 and sm_90; other
 # compilers may want a few more). What decides how many warps a multiprocessor holds should not change unseen.
 KERNELS = {
     "persample_dot.cu": {"persample_dot_kernel": (4, 128), "sum_of_sample_kernel": (4, 32)},
-    "row_divergence.cu": {
-        "row_divergence_kernel": (22, 132),  # 11 kinds; 80 in float32
-        "row_divergence_hvp_kernel": (22, 168),  # 117 in float32
-        "fast_warp_kernel": (9, 95),
-        "fast_block_kernel": (9, 128),  # the most that blocks of 512 can have
-        "fast_wide_kernel": (6, 54),
-        "fast_split_sums_kernel": (6, 45),
-        "fast_split_terms_kernel": (6, 48),
-        "fast_split_loss_kernel": (1, 42),
-        "fast_warp_hvp_kernel": (6, 76),
-        "fast_block_hvp_kernel": (6, 79),
-    },
+    "row_divergence.cu": {},  # finds the plan, and the file below
+    "row_divergence_fast_bfloat16.cu": FAST,
+    "row_divergence_fast_float16.cu": FAST,
+    "row_divergence_fast_float32.cu": FAST,
+    "row_divergence_fast_hvp_bfloat16.cu": FAST_HVP,
+    "row_divergence_fast_hvp_float16.cu": FAST_HVP,
+    "row_divergence_fast_hvp_float32.cu": FAST_HVP,
+    "row_divergence_general_float32.cu": {"row_divergence_kernel": (11, 80)},  # 11 kinds
+    "row_divergence_general_float64.cu": {"row_divergence_kernel": (11, 132)},
+    "row_divergence_general_hvp_float32.cu": {"row_divergence_hvp_kernel": (11, 117)},
+    "row_divergence_general_hvp_float64.cu": {"row_divergence_hvp_kernel": (11, 168)},
     "row_stats.cu": {"row_stats_kernel": (4, 50), "row_stats_of_both_kernel": (4, 94)},  # 32 and 59 in float32
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/shared.h"
 
@@ -67,5 +68,21 @@ KDAIF_SHARED float widen(float x) { return x; }
 KDAIF_SHARED double widen(double x) { return x; }
 KDAIF_SHARED void narrow(float x, float& out) { out = x; }
 KDAIF_SHARED void narrow(double x, double& out) { out = x; }
+
+
+// Two narrowed at once, as they lie in memory: one instruction of a GPU.
+template <class T>
+KDAIF_SHARED uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bfloat16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  T low, high;
+  narrow(first, low), narrow(second, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+#endif
+}
 
 }  // namespace kdaif

@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#include "common/half.h"
 #include "common/row_divergence_tensors.h"
-#include "cuda/row_divergence_launch.cuh"
+#include "cuda/row_divergence_calls.cuh"
 
 namespace {
 
@@ -40,34 +42,48 @@ Element element_of(const Tensor& x) {
   }
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
 }
 
-auto launcher(const Tensor& x) {
-  return [stream = current_stream(x)](auto kernel, Launch l, auto... arguments) {
-    kernel<<<dim3(l.blocks, l.blocks_y), l.threads, 0, stream>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
+// The current device's; asked for once.
+Machine machine() {
+  constexpr int known = 64;
+  static std::atomic<int64_t> cache[known];  // multiprocessors and shared memory in one number; 0: not yet
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  int64_t packed = device < known ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    packed = int64_t(attribute(cudaDevAttrMultiProcessorCount, device)) << 32 |
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (device < known) cache[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed >> 32, packed & 0xffffffff};
+}
+
+PlanWish wish() {
+  static const PlanWish from_environment = plan_wish(std::getenv("KDAIF_ROW_PLAN"));
+  return from_environment;
 }
 
 template <class T>
 void run_fast(const RowDivergence& d, const Tensor& student, float* loss, T* grad) {
-  const FastPlan plan = fast_plan(d.N, d.V, sizeof(T), is_vectorisable(d, grad, sizeof(T)), multiprocessors());
+  const bool vectorised = is_vectorisable(d, grad, sizeof(T));
+  const FastPlan plan =
+      fast_plan(d.N, d.V, streams_of(d), grad != nullptr, sizeof(T), vectorised, machine(), wish());
   MaybeTensor workspace;
   if (plan.workspace > 0) workspace = torch::stable::new_empty(student, {plan.workspace}, ScalarType::Float);
   float* sums = workspace ? static_cast<float*>(workspace->mutable_data_ptr()) : nullptr;
-  launch_fast(plan, d, checks_labels(), loss, grad, sums, launcher(student));
+  enqueue_fast(plan, d, checks_labels(), loss, grad, sums, current_stream(student));
 }
 
 template <class T>
 void run_fast_hvp(const RowDivergence& d, const Tensor& student, const Tangents& t) {
   const bool vectorised = is_vectorisable(d, t, sizeof(T));
-  const FastHvpPlan plan = fast_hvp_plan(d.N, d.V, t.K, sizeof(T), vectorised, multiprocessors());
-  launch_fast_hvp<T>(plan, d, checks_labels(), t, launcher(student));
+  const FastHvpPlan plan = fast_hvp_plan(d.N, d.V, t.K, sizeof(T), vectorised, machine(), wish());
+  enqueue_fast_hvp<T>(plan, d, checks_labels(), t, current_stream(student));
 }
 
 void run(const RowDivergence& d, const Tensor& student, const Tensor* loss_, const Tensor* grad_) {
@@ -76,10 +92,11 @@ void run(const RowDivergence& d, const Tensor& student, const Tensor* loss_, con
   void* loss = loss_ ? loss_->mutable_data_ptr() : nullptr;
   void* grad = grad_ ? grad_->mutable_data_ptr() : nullptr;
   const Element element = element_of(student);
+  const cudaStream_t stream = current_stream(student);
   if (element == FLOAT64)
-    return launch_general(d, element, checks_labels(), static_cast<double*>(loss), grad, launcher(student));
+    return enqueue_general(d, element, checks_labels(), static_cast<double*>(loss), grad, stream);
   float* losses = static_cast<float*>(loss);
-  if (!is_common(d)) return launch_general(d, element, checks_labels(), losses, grad, launcher(student));
+  if (!is_common(d)) return enqueue_general(d, element, checks_labels(), losses, grad, stream);
   if (element == BFLOAT16) return run_fast(d, student, losses, static_cast<bfloat16*>(grad));
   if (element == FLOAT16) return run_fast(d, student, losses, static_cast<float16*>(grad));
   run_fast(d, student, losses, static_cast<float*>(grad));
@@ -92,9 +109,11 @@ void run_hvp(const RowDivergence& d, const Tensor& student, const Tensor& tangen
   if (d.N == 0 || t.K == 0) return;
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   const Element element = element_of(student);
-  const auto launch = launcher(student);
-  if (element == FLOAT64) return launch_general_hvp<double>(d, element, checks_labels(), gauss_newton, t, launch);
-  if (!is_common(d)) return launch_general_hvp<float>(d, element, checks_labels(), gauss_newton, t, launch);
+  const cudaStream_t stream = current_stream(student);
+  if (element == FLOAT64)
+    return enqueue_general_hvp<double>(d, element, checks_labels(), gauss_newton, t, stream);
+  if (!is_common(d))
+    return enqueue_general_hvp<float>(d, element, checks_labels(), gauss_newton, t, stream);
   if (element == BFLOAT16) return run_fast_hvp<bfloat16>(d, student, t);
   if (element == FLOAT16) return run_fast_hvp<float16>(d, student, t);
   run_fast_hvp<float>(d, student, t);

@@ -8,10 +8,9 @@
 #include "common/half.h"
 #include "common/row_divergence_args.h"
 #include "cuda/block.cuh"
+#include "cuda/row_divergence_plan.h"
 
 namespace kdaif {
-
-enum Element : int { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 template <class T> struct ElementOf;
 template <> struct ElementOf<float> { static constexpr Element value = FLOAT32; };

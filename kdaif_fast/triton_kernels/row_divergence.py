@@ -40,7 +40,8 @@ def _interpreted() -> bool:
 def candidates(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int], ...]:
     """Block widths and warps to choose from for rows of V elements, of which a program holds several.
 
-    A thread has 8 elements: one load of 16 bytes of the narrow types, and few enough for every option's registers.
+    A thread has 8 elements: one load of 16 bytes of the narrow types, and few enough for every option's registers. The
+    best guess comes first: with wide programs few rows are in flight, and the L2 cache still has them for later passes.
     """
     widest = WIDEST_BLOCK // rows_of_tile
     if _interpreted():
@@ -48,7 +49,7 @@ def candidates(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int], ...]:
     if widest >= V:
         block = max(triton.next_power_of_2(V), 32)
         return ((block, max(block * rows_of_tile // 256, 1)),)
-    return ((widest // 4, 4), (widest // 2, 8), (widest, 16))
+    return ((widest, 16), (widest // 2, 8), (widest // 4, 4))
 
 
 def register_limit(o: Options, V: int) -> int | None:

@@ -2,7 +2,10 @@
 // AddressSanitizer.
 #include "simt.h"
 
-#include "cuda/row_divergence_launch.cuh"
+#include "async_copy.h"
+
+#include "cuda/row_divergence_fast_launch.cuh"
+#include "cuda/row_divergence_general_launch.cuh"
 
 #include <cstdio>
 #include <random>
@@ -13,7 +16,12 @@ namespace {
 
 auto launcher(int order) {
   return [order](auto kernel, Launch l, auto... arguments) {
-    simt::launch(Index{l.blocks, l.blocks_y, 1}, l.threads, simt::Order(order), [=] { kernel(arguments...); });
+    Index last{~0u, 0, 0};
+    simt::launch(Index{l.blocks, l.blocks_y, 1}, l.threads, simt::Order(order), [=]() mutable {
+      if (last.x != blockIdx.x || last.y != blockIdx.y) simt::renew_shared(l.shared);
+      last = blockIdx;
+      kernel(arguments...);
+    });
   };
 }
 
@@ -37,6 +45,12 @@ void run_fast(const FastPlan& p, int order, bool check, const RowDivergence& d, 
 
 int64_t size_of(int element) { return element == FLOAT64 ? 8 : element == FLOAT32 ? 4 : 2; }
 
+FastPlan plan_of(const RowDivergence& d, int element, const void* grad, bool has_grad, const Machine& m,
+                 const char* wish) {
+  const int64_t size = size_of(element);
+  return fast_plan(d.N, d.V, streams_of(d), has_grad, size, is_vectorisable(d, grad, size), m, plan_wish(wish));
+}
+
 }  // namespace
 
 extern "C" bool row_divergence(int element, int order, bool check, const RowDivergence* d, void* loss, void* grad) {
@@ -56,11 +70,12 @@ extern "C" bool row_divergence_hvp(int element, int order, bool check, const Row
   });
 }
 
-extern "C" void plan(const RowDivergence* d, int element, const void* grad, int64_t multiprocessors, int64_t* out) {
-  const int64_t size = size_of(element);
-  const FastPlan p = fast_plan(d->N, d->V, size, is_vectorisable(*d, grad, size), multiprocessors);
+extern "C" void plan(const RowDivergence* d, int element, const void* grad, int64_t multiprocessors, int64_t shared,
+                     const char* wish, int64_t* out) {
+  const FastPlan p = plan_of(*d, element, grad, true, {multiprocessors, shared}, wish);
   const int64_t values[] = {is_common(*d), static_cast<int>(p.path), p.width, p.packets, p.launch.blocks,
-                            p.launch.blocks_y, p.launch.threads, p.chunk, p.chunks, p.workspace};
+                            p.launch.blocks_y, p.launch.threads, p.chunk, p.chunks, p.workspace, p.launch.shared,
+                            p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again};
   std::memcpy(out, values, sizeof values);
 }
 
@@ -70,9 +85,8 @@ extern "C" void launch_of_general(int64_t N, int64_t V, int64_t* out) {
 }
 
 extern "C" bool row_divergence_fast(int element, int order, bool check, const RowDivergence* d, void* loss, void* grad,
-                                    int64_t multiprocessors) {
-  const int64_t size = size_of(element);
-  const FastPlan p = fast_plan(d->N, d->V, size, is_vectorisable(*d, grad, size), multiprocessors);
+                                    int64_t multiprocessors, int64_t shared, const char* wish) {
+  const FastPlan p = plan_of(*d, element, grad, grad != nullptr, {multiprocessors, shared}, wish);
   return survives([&] {
     if (element == FLOAT32) run_fast<float>(p, order, check, *d, loss, grad);
     else if (element == BFLOAT16) run_fast<bfloat16>(p, order, check, *d, loss, grad);
@@ -81,17 +95,20 @@ extern "C" bool row_divergence_fast(int element, int order, bool check, const Ro
 }
 
 extern "C" void hvp_plan(const RowDivergence* d, int element, const Tangents* t, int64_t multiprocessors,
-                         int64_t* out) {
+                         int64_t shared, const char* wish, int64_t* out) {
   const int64_t size = size_of(element);
-  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), multiprocessors);
-  const int64_t values[] = {p.warps, p.width, p.launch.blocks, p.launch.blocks_y, p.launch.threads};
+  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), {multiprocessors, shared},
+                                      plan_wish(wish));
+  const int64_t values[] = {static_cast<int>(p.path), p.width, p.launch.blocks, p.launch.threads, p.launch.shared,
+                            p.items, p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again};
   std::memcpy(out, values, sizeof values);
 }
 
 extern "C" bool row_divergence_fast_hvp(int element, int order, bool check, const RowDivergence* d, const Tangents* t,
-                                        int64_t multiprocessors) {
+                                        int64_t multiprocessors, int64_t shared, const char* wish) {
   const int64_t size = size_of(element);
-  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), multiprocessors);
+  const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), {multiprocessors, shared},
+                                      plan_wish(wish));
   return survives([&] {
     if (element == FLOAT32) launch_fast_hvp<float>(p, *d, check, *t, launcher(order));
     else if (element == BFLOAT16) launch_fast_hvp<bfloat16>(p, *d, check, *t, launcher(order));
@@ -133,6 +150,8 @@ RowDivergence fill(Buffers& b, int kind, int form, int64_t N, int64_t V, std::mt
   return d;
 }
 
+constexpr int64_t H200 = 232448;  // bytes of shared memory
+
 bool only_the_last_is_nan(const std::vector<float>& loss) {
   return loss[0] == loss[0] && loss[1] == loss[1] && loss[2] != loss[2];
 }
@@ -148,15 +167,15 @@ bool try_general(int kind, int form, int64_t V, std::mt19937& random) {
   return only_the_last_is_nan(loss);
 }
 
-bool try_fast(int64_t V, std::mt19937& random) {
+bool try_fast(int64_t V, const char* wish, std::mt19937& random) {
   Buffers b;
   const int64_t N = 3, K = 5;
   RowDivergence d = fill(b, KL, LOGITS, N, V, random);
   d.rows = d.class_weight = d.soft_labels = nullptr, d.mask = nullptr;
   std::vector<float> loss(N), grad(N * V), u(K * N * V, 1), out(K * N * V);
   const Tangents t{u.data(), out.data(), K, N * V, V};
-  row_divergence_fast(FLOAT32, 3, false, &d, loss.data(), grad.data(), 20);
-  row_divergence_fast_hvp(FLOAT32, 3, false, &d, &t, 20);
+  row_divergence_fast(FLOAT32, 3, false, &d, loss.data(), grad.data(), 20, H200, wish);
+  row_divergence_fast_hvp(FLOAT32, 3, false, &d, &t, 20, H200, wish);
   return is_common(d) && only_the_last_is_nan(loss);
 }
 
@@ -169,7 +188,9 @@ int main() {
       for (int form : {LOGITS, PROBABILITIES, TOP_K})
         if ((form == LOGITS || !is_between_logits(kind)) && !try_general(kind, form, V, random)) return 1;
   for (int64_t V : {1, 33, 132, 1100, 2052, 17001, 34000})
-    if (!try_fast(V, random)) return 1;
+    if (!try_fast(V, nullptr, random)) return 1;
+  for (int64_t V : {516, 9000, 34000})
+    if (!try_fast(V, "ring:64", random)) return 1;
   std::puts("clean");
   return 0;
 }

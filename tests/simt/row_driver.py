@@ -4,7 +4,7 @@ import ctypes
 import math
 import shutil
 import subprocess
-from ctypes import Structure, byref, c_bool, c_double, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +90,40 @@ class FastPlan(NamedTuple):
     chunk: int
     chunks: int
     workspace: int
+    shared: int
+    slots: int
+    ring_chunks: int
+    kept: int
+    again: int
 
 
-WARP, BLOCK, WIDE, SPLIT = range(4)
+class HvpPlan(NamedTuple):
+    path: int
+    width: int
+    blocks: int
+    threads: int
+    shared: int
+    items: int
+    slots: int
+    ring_chunks: int
+    kept: int
+    again: int
+
+
+WARP, BLOCK, WIDE, SPLIT, RING = range(5)
+H200, A100, ADA = 232448, 166912, 101376  # bytes of shared memory that a block can have
+
+
+class Gpu(NamedTuple):
+    """What plans depend on besides the arguments. wish: as in KDAIF_ROW_PLAN."""
+
+    multiprocessors: int = 1
+    shared: int = H200
+    wish: str | None = None
+
+    def arguments(self):
+        wish = None if self.wish is None else self.wish.encode()
+        return c_int64(self.multiprocessors), c_int64(self.shared), c_char_p(wish)
 
 
 class Trapped(RuntimeError):  # noqa: N818
@@ -120,22 +151,22 @@ class Driver:
             raise Trapped
         return loss, grad
 
-    def fast(self, a, order=0, check=True, want=(True, True), multiprocessors=1):
+    def fast(self, a, order=0, check=True, want=(True, True), gpu=Gpu()):  # noqa: B008
         loss = torch.full(a.student.shape[:1], math.nan)
         grad = torch.full(a.student.shape, math.nan, dtype=a.student.dtype)
         pointers = [c_void_p(x.data_ptr() if wanted else None) for x, wanted in zip((loss, grad), want, strict=True)]
         d, element = byref(a.structure()), ELEMENTS[a.student.dtype]
-        if not self.library.row_divergence_fast(element, order, c_bool(check), d, *pointers, c_int64(multiprocessors)):
+        if not self.library.row_divergence_fast(element, order, c_bool(check), d, *pointers, *gpu.arguments()):
             raise Trapped
         return loss, grad
 
-    def plan(self, a, multiprocessors=1):
+    def plan(self, a, gpu=Gpu()):  # noqa: B008
         """The fast kernels' launch; no output: its address would fit all loads."""
-        return self.plan_of(a.structure(), ELEMENTS[a.student.dtype], multiprocessors)
+        return self.plan_of(a.structure(), ELEMENTS[a.student.dtype], gpu)
 
-    def plan_of(self, structure, element, multiprocessors):
+    def plan_of(self, structure, element, gpu):
         out = (c_int64 * len(FastPlan._fields))()
-        self.library.plan(byref(structure), element, c_void_p(None), c_int64(multiprocessors), out)
+        self.library.plan(byref(structure), element, c_void_p(None), *gpu.arguments(), out)
         return FastPlan(*out)
 
     def general_launch(self, N, V):
@@ -143,20 +174,19 @@ class Driver:
         self.library.launch_of_general(c_int64(N), c_int64(V), out)
         return tuple(out)
 
-    def fast_hvp(self, a, tangents, order=0, check=True, multiprocessors=1):
+    def fast_hvp(self, a, tangents, order=0, check=True, gpu=Gpu()):  # noqa: B008
         out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
         arguments = [ELEMENTS[a.student.dtype], order, c_bool(check), byref(a.structure())]
-        arguments += [byref(tangents_structure(tangents, out)), c_int64(multiprocessors)]
+        arguments += [byref(tangents_structure(tangents, out)), *gpu.arguments()]
         if not self.library.row_divergence_fast_hvp(*arguments):
             raise Trapped
         return out
 
-    def hvp_plan(self, structure, element, K, multiprocessors):
-        """(whether warps have rows, elements a load, blocks, blocks_y, threads)"""
+    def hvp_plan(self, structure, element, K, gpu):
         t = Tangents(4096, 4096, K, structure.N * structure.V, structure.V)
-        out = (c_int64 * 5)()
-        self.library.hvp_plan(byref(structure), element, byref(t), c_int64(multiprocessors), out)
-        return tuple(out)
+        out = (c_int64 * len(HvpPlan._fields))()
+        self.library.hvp_plan(byref(structure), element, byref(t), *gpu.arguments(), out)
+        return HvpPlan(*out)
 
     def hvp(self, a, tangents, gauss_newton=False, order=0, check=True):
         out = torch.full(tangents.shape, math.nan, dtype=a.student.dtype)
@@ -270,6 +300,7 @@ OPTIONS = {
 
 COMMON = {
     "both parts": {},
+    "at T = 3": {"T": 3.0},
     "at T = 1": {"T": 1.0},
     "cross-entropy with the teacher": {"kind": CROSS_ENTROPY, "ce": 0.0},
     "the teacher alone": {"ce": 0.0, "weight": False},

@@ -9,7 +9,7 @@ import torch
 from kdaif_fast.reference import row_divergence as reference
 from kdaif_fast.reference.row_terms import DECOUPLED, KINDS, KL
 
-from .row_driver import CSRC, CXX, Trapped, arguments, check_hvp, check_loss_and_grad, error, tangents
+from .row_driver import ADA, CSRC, CXX, H200, Gpu, Trapped, arguments, check_hvp, check_loss_and_grad, error, tangents
 
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs a C++ compiler and the sources")
 
@@ -67,12 +67,15 @@ def test_loss_or_gradient_alone(driver, which, V, want):
         assert torch.equal(x, y) if wanted else x.isnan().all()
 
 
-CASES = [("general", 70, 1), ("fast", 70, 1), ("fast", 601, 1), ("fast", 34000, 1), ("fast", 34000, 20)]
+CASES = [
+    ("general", 70, None), ("fast", 70, Gpu()), ("fast", 601, Gpu()), ("fast", 34000, Gpu()), ("fast", 34001, Gpu()),
+    ("fast", 34000, Gpu(20)), ("fast", 8800, Gpu(1, ADA)), ("fast", 1000, Gpu(1, H200, "ring:64")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("which", "V", "multiprocessors"), CASES)
-def test_ignored_rows_are_zero_whatever_their_logits(driver, which, V, multiprocessors):
-    extra = {"multiprocessors": multiprocessors} if which == "fast" else {}
+@pytest.mark.parametrize(("which", "V", "gpu"), CASES)
+def test_ignored_rows_are_zero_whatever_their_logits(driver, which, V, gpu):
+    extra = {"gpu": gpu} if which == "fast" else {}
     a = arguments(3, V, other=0.0)
     a.labels[1], a.student[1], a.teacher[1], a.weight[1] = -100, math.nan, math.inf, math.nan
     loss, grad = both(driver)[which](a, **extra)
@@ -84,10 +87,10 @@ def test_ignored_rows_are_zero_whatever_their_logits(driver, which, V, multiproc
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize(("which", "V", "multiprocessors"), CASES)
+@pytest.mark.parametrize(("which", "V", "gpu"), CASES)
 @pytest.mark.parametrize("label", [-1, None])
-def test_labels_outside(driver, capfd, which, V, multiprocessors, label):
-    extra = {"multiprocessors": multiprocessors} if which == "fast" else {}
+def test_labels_outside(driver, capfd, which, V, gpu, label):
+    extra = {"gpu": gpu} if which == "fast" else {}
     a = arguments(3, V, other=0.0)
     a.labels[1] = V if label is None else label
     with pytest.raises(Trapped):
@@ -104,9 +107,9 @@ def test_labels_outside(driver, capfd, which, V, multiprocessors, label):
     assert hvp(a, tangents(a, 1), check=False, **extra).isnan().all(-1)[0].tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize(("which", "V", "multiprocessors"), CASES)
-def test_a_nan_stays_in_its_row(driver, which, V, multiprocessors):
-    extra = {"multiprocessors": multiprocessors} if which == "fast" else {}
+@pytest.mark.parametrize(("which", "V", "gpu"), CASES)
+def test_a_nan_stays_in_its_row(driver, which, V, gpu):
+    extra = {"gpu": gpu} if which == "fast" else {}
     for side in ("student", "teacher"):
         a = arguments(3, V, other=0.0)
         getattr(a, side)[1, V // 2] = math.nan
@@ -118,10 +121,10 @@ def test_a_nan_stays_in_its_row(driver, which, V, multiprocessors):
         assert grad.isnan().any(-1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize(("which", "V", "multiprocessors"), CASES)
-def test_excluded_classes(driver, which, V, multiprocessors):
+@pytest.mark.parametrize(("which", "V", "gpu"), CASES)
+def test_excluded_classes(driver, which, V, gpu):
     """-inf on both sides; on the teacher's alone; and, more than a tile of it, before the first finite logit."""
-    extra = {"multiprocessors": multiprocessors} if which == "fast" else {}
+    extra = {"gpu": gpu} if which == "fast" else {}
     a = arguments(3, V, other=0.0)
     a.labels[:] = V - 1
     a.student[0, 3] = a.teacher[0, 3] = a.teacher[1, 5] = -math.inf

@@ -33,7 +33,6 @@ from .strided_sums import (
     sample_ranges,
     samples_of,
     tile_for,
-    warps_for,
 )
 
 
@@ -48,7 +47,7 @@ def _affine_sums_kernel(
     summed,
     group,  # of how many of kept a statistic is
     blocks,  # of kept
-    part,  # positions of a part: whole tiles
+    part,  # tiles of a part, of those along summed
     samples,  # of sums
     x_sample,  # strides
     x_kept,
@@ -90,9 +89,9 @@ def _affine_sums_kernel(
     of_scale = tl.zeros((ROWS, COLUMNS), tl.float32)
     of_shift = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = which * part
-    last = tl.minimum(first + part, summed)
-    for start in range(first, last, COLUMNS):
-        c = (start + tl.arange(0, COLUMNS)).to(INDEX)
+    last = tl.minimum(first + part, tl.cdiv(summed, COLUMNS))
+    for tile in range(first, last):
+        c = (tile * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
         there = (r < kept)[:, None] & (c < positions)[None, :]
         at = offsets(r, c, x_kept, x_summed, X_FAST, ALIGNMENT)
         x = tl.load(inputs + at, mask=there, other=0.0).to(tl.float32)
@@ -115,24 +114,25 @@ def _affine_sums_kernel(
 
 
 class Launch(NamedTuple):
-    """How one is cut: blocks of kept of a sample, parts of summed and their length, and the sides of a tile."""
+    """How one is cut: blocks of kept of a sample, parts of summed and their tiles, a tile's sides and its warps."""
 
     blocks: int
     parts: int
     part: int
     rows: int
     columns: int
+    warps: int
 
 
-def launch_for(samples: int, kept: int, summed: int, fast: int) -> Launch:
+def launch_for(samples: int, kept: int, summed: int, fast: int, alignment: int) -> Launch:
     """Tiles along what memory has side by side; parts where blocks are few."""
     if fast == ROWS_ARE_FAST:
-        rows, columns = tile_for(kept, summed, NARROW)
+        rows, columns, warps = tile_for(kept, summed, NARROW, alignment)
     else:
-        columns, rows = tile_for(summed, kept, LONG)
+        columns, rows, warps = tile_for(summed, kept, LONG, alignment)
     blocks = triton.cdiv(kept, rows)
-    parts = parts_of_sum(summed, columns, samples * blocks)
-    return Launch(blocks, parts.number, parts.terms, rows, columns)
+    parts = parts_of_sum(triton.cdiv(summed, columns), samples * blocks)
+    return Launch(blocks, parts.number, parts.tiles, rows, columns, warps)
 
 
 def affine_sums(
@@ -149,7 +149,8 @@ def affine_sums(
         return zeros[0], zeros[1]
     x, b = (plane_of(t, kept_axis, summed_axis) for t in (inputs, output_grads))
     fast = x.fast if x.fast == b.fast else COLUMNS_ARE_FAST
-    launch = launch_for(N, kept, summed, fast)
+    alignment = common_alignment(x, b)
+    launch = launch_for(N, kept, summed, fast, alignment)
     sums = torch.empty((launch.parts, 2, N, kept), dtype=torch.float32, device=inputs.device)
     centre = rstd if mean is None else mean
     row_alignment, column_alignment = mask_alignments(x, b)
@@ -182,13 +183,13 @@ def affine_sums(
                 STATISTIC_OF_KEPT=group is not None,
                 X_FAST=x.fast,
                 B_FAST=b.fast,
-                ALIGNMENT=common_alignment(x, b),
+                ALIGNMENT=alignment,
                 ROW_ALIGNMENT=row_alignment,
                 COLUMN_ALIGNMENT=column_alignment,
                 ROWS=launch.rows,
                 COLUMNS=launch.columns,
-                INDEX=index_type(extent(inputs, 0), extent(output_grads, 0), summed + launch.part),
-                num_warps=warps_for(launch.rows * launch.columns),
+                INDEX=index_type(extent(inputs, 0), extent(output_grads, 0), summed),
+                num_warps=launch.warps,
             )
     total = sums[0] if launch.parts == 1 else sums.sum(0)
     return total[0], total[1]

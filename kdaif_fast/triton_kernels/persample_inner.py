@@ -28,7 +28,6 @@ from .strided_sums import (
     sample_ranges,
     samples_of,
     tile_for,
-    warps_for,
 )
 
 
@@ -119,9 +118,9 @@ def persample_inner(left: Tensor, right: Tensor) -> Tensor:
         found = planes(left, right)
         assert found is not None
     x, y = found
-    columns, rows = tile_for(x.columns, x.rows, NARROW if x.fast != y.fast else LONG)
-    tiles = triton.cdiv(x.rows, rows) * triton.cdiv(x.columns, columns)
-    parts = parts_of_sum(tiles, 1, N * K)
+    alignment = common_alignment(x, y)
+    tile = tile_for(x.columns, x.rows, NARROW if x.fast != y.fast else LONG, alignment)
+    parts = parts_of_sum(triton.cdiv(x.rows, tile.other) * triton.cdiv(x.columns, tile.fast), N * K)
     sums = torch.empty((parts.number, N, K), dtype=torch.float32, device=left.device)
     row_alignment, column_alignment = mask_alignments(x, y)
     with on_device_of(left):
@@ -145,12 +144,12 @@ def persample_inner(left: Tensor, right: Tensor) -> Tensor:
                 N * K,
                 LEFT_FAST=x.fast,
                 RIGHT_FAST=y.fast,
-                ALIGNMENT=common_alignment(x, y),
+                ALIGNMENT=alignment,
                 ROW_ALIGNMENT=row_alignment,
                 COLUMN_ALIGNMENT=column_alignment,
-                ROWS=rows,
-                COLUMNS=columns,
+                ROWS=tile.other,
+                COLUMNS=tile.fast,
                 INDEX=index_type(extent(left[0], 0), extent(right, 0)),
-                num_warps=warps_for(rows * columns),
+                num_warps=tile.warps,
             )
     return sums[0] if parts.number == 1 else sums.sum(0)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .persample_tiles import parts_for
 
-ELEMENTS, WARPS = 4096, 8  # of a tile; 16 elements a thread of both tensors in flight, no spills on sm_80 and sm_90
+ELEMENTS, WARPS = 4096, 8  # of a tile at most: 16 elements a thread of both tensors in flight
+UNALIGNED_ELEMENTS = 2048  # where every element needs an offset and a mask of its own, which take registers
 NARROW = 64  # the fast side of a tile where the other side has enough: 128 bytes of a half-precision type
 LONG = 512  # where it is the fast side that is summed over: fewer sums at the end, and more programs
 MOST_PROGRAMS = 2**31 - 1
@@ -81,30 +82,34 @@ def mask_alignments(left: Plane, right: Plane) -> tuple[int, int]:
     return alignment if ROWS_ARE_FAST in fast else 1, alignment if COLUMNS_ARE_FAST in fast else 1
 
 
-def tile_for(fast: int, other: int, wanted: int) -> tuple[int, int]:
-    """The sides of a tile, the fast one first: as long as wanted, longer if the other side is short."""
+class Tile(NamedTuple):
+    """Its sides, along what memory has side by side and along the other axis, and how many warps it keeps busy."""
+
+    fast: int
+    other: int
+    warps: int
+
+
+def tile_for(fast: int, other: int, wanted: int, alignment: int) -> Tile:
+    """A tile over [fast, other] elements: on the fast side as long as wanted, longer if the other side is short."""
     fast, other = triton.next_power_of_2(max(fast, 1)), triton.next_power_of_2(max(other, 1))
-    width = min(fast, max(wanted, ELEMENTS // other), ELEMENTS)
-    return width, min(other, ELEMENTS // width)
+    most = ELEMENTS if alignment > 1 else UNALIGNED_ELEMENTS
+    width = min(fast, max(wanted, most // other), most)
+    height = min(other, most // width)
+    return Tile(width, height, min(max(width * height * WARPS // most, 1), WARPS))
 
 
-def warps_for(elements: int) -> int:
-    """16 elements a thread."""
-    return min(max(elements // 512, 1), WARPS)
-
-
-class Part(NamedTuple):
-    """Into how many parts a sum is cut, and how many terms are in one: whole tiles."""
+class Parts(NamedTuple):
+    """Into how many parts a sum is cut, and how many tiles are in one."""
 
     number: int
-    terms: int
+    tiles: int
 
 
-def parts_of_sum(terms: int, width: int, programs: int) -> Part:
+def parts_of_sum(tiles: int, programs: int) -> Parts:
     """Parts enough for a GPU to be busy, each of four tiles at least."""
-    wanted = parts_for(terms, programs, 4 * width)
-    size = triton.cdiv(triton.cdiv(max(terms, 1), wanted), width) * width
-    return Part(triton.cdiv(max(terms, 1), size), size)
+    size = triton.cdiv(tiles, parts_for(tiles, programs, 4))
+    return Parts(triton.cdiv(tiles, size), size)
 
 
 def sample_ranges(samples: int, programs: int) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """The fused operations, usable under autograd, torch.func transforms and torch.compile."""
 
-from . import _persample_inner
 from ._row_stats import RowStats
 from .cg_update import cg_dots, cg_update
 from .linear_kd_loss import linear_kd_loss

@@ -130,7 +130,9 @@ def test_samples_and_rows_far_apart():
         memory = torch.empty(strides[0] + 2 * strides[1] + 20, dtype=torch.float16)
         view = memory.as_strided((2, 3, 20), strides)
         view.copy_(x)
-        assert all(torch.equal(mine, s) for mine, s in zip(persample_layer_norm(view, b, mean, rstd), same, strict=True))
+        assert all(
+            torch.equal(mine, s) for mine, s in zip(persample_layer_norm(view, b, mean, rstd), same, strict=True)
+        )
 
 
 def test_more_samples_than_a_launch_takes(monkeypatch):

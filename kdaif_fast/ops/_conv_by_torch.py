@@ -7,8 +7,9 @@ parts of G, or sums over pairs of positions of <b_t, b_t'> <u_t, u_t'>.
 
 Directions are rounded to the inputs' dtype, and so is the convolution's result, as the layer's own output is: in
 bfloat16 a dot is off by up to 2^-8 of the sum of its terms' magnitudes, and mostly by far less, as errors cancel.
-float32 is convolved and multiplied as torch's settings say: by default in TF32 in convolutions and in full in products.
-Nothing here is nondeterministic where torch's convolutions are not, and nothing waits for the GPU. Not run on a GPU yet.
+float32 is convolved and multiplied as torch's settings say: by default in TF32 in convolutions, in full in products.
+Nothing here is nondeterministic where torch's convolutions are not, and nothing waits for the GPU. It has not run on
+one yet.
 """
 
 from __future__ import annotations

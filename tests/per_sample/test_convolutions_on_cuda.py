@@ -1,49 +1,64 @@
-"""What the convolutions' terms do on a GPU that cannot be looked at here: fake CUDA tensors, and torch's own answers."""
+"""What the convolutions' terms do on a GPU, with CPU tensors: dots from convolutions, and nothing kept."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kdaif_fast.ops import persample_conv
 from kdaif_fast.per_sample.layout import Layout
 from kdaif_fast.per_sample.terms.convolution import Convolution, ConvolutionTerm
 
 composed = importlib.import_module("kdaif_fast.ops._conv_by_torch")
+module = importlib.import_module("kdaif_fast.per_sample.terms.convolution")
 NUMBERS = Convolution((2, 2), (1, 1), (1, 1), 1, False, (0, 0))
+OPTIONS = {"kernel": [3, 3], "stride": [2, 2], "padding": [1, 1], "dilation": [1, 1]}
 
 
-def fake(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="cuda")
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """CPU tensors get what CUDA tensors do; yields what was asked for besides dots."""
+    asked = []
+
+    def kernel(*args):
+        asked.append(args[-2:])
+        return composed.persample_conv(*args)
+
+    monkeypatch.setattr(ConvolutionTerm, "by_convolution", True)
+    monkeypatch.setattr(module, "_KERNELS", SimpleNamespace(persample_conv=SimpleNamespace(default=kernel)))
+    return asked
 
 
-def test_no_per_sample_gradient_is_kept():
-    """Though on a CPU it would be, of an image of this size."""
-    with FakeTensorMode():
-        term = ConvolutionTerm(fake(4, 3, 32, 32), fake(4, 8, 16, 16), NUMBERS, Layout(0), 4, torch.Size((8, 3, 3, 3)))
-        dots, kept = term.step(fake(2, 8, 3, 3, 3, dtype=torch.float32))
-    assert (dots.shape, dots.dtype, dots.is_cuda) == ((4, 2), torch.float32, True)
+def step(x, b, numbers, V):
+    term = ConvolutionTerm(x, b, numbers, Layout(0), len(x), V.shape[1:])
+    dots, kept = term.step(V)
     assert kept is term
+    return dots
+
+
+def test_no_per_sample_gradient_is_formed_or_kept(as_on_cuda):
+    """Though on a CPU it would be, of an image of this size."""
+    x, b, V = torch.randn(4, 3, 32, 32), torch.randn(4, 8, 16, 16), torch.randn(2, 8, 3, 3, 3)
+    dots = step(x, b, NUMBERS, V)
+    assert as_on_cuda == [(False, False)]
+    torch.testing.assert_close(dots, persample_conv(x, b, V, **OPTIONS).dots, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dots_as_cuda_gets_them(transposed, dtype, monkeypatch):
-    """With the directions as they come, of any dtype, straight to what CUDA tensors get."""
+def test_dots(transposed, dtype, as_on_cuda):
+    """With the directions as they come, of another dtype than the layer's."""
     torch.manual_seed(0)
-    make, convolve = ((3, 5, 4, 2), torch.conv_transpose2d) if transposed else ((5, 3, 4, 2), torch.conv2d)
-    weight = torch.zeros(make, dtype=torch.float64)
+    shape, convolve = ((3, 5, 4, 2), torch.conv_transpose2d) if transposed else ((5, 3, 4, 2), torch.conv2d)
     x = torch.randn(4, 3, 7, 9, dtype=torch.float64).to(dtype)
-    z = convolve(x.double(), weight, None, 2, 1)
-    b = torch.randn_like(z).to(dtype)
-    term = ConvolutionTerm(x, b, Convolution((2, 2), (1, 1), (1, 1), 1, transposed, (0, 0)), Layout(0), 4, weight.shape)
-    V = torch.randn(2, *make)
-    dots = composed.persample_conv(*term._pair, V, term.shape[2:], (2, 2), (1, 1), (1, 1), 1, False, False)[1]
-    truth = torch.stack([(b.double() * convolve(x.double(), v.double(), None, 2, 1)).sum((1, 2, 3)) for v in V], 1)
-    size = torch.stack(
-        [(b.double() * convolve(x.double().abs(), v.double().abs(), None, 2, 1)).abs().sum((1, 2, 3)) for v in V], 1
-    )
-    assert bool(((dots - truth).abs() <= (1e-6 if dtype == torch.float64 else 2**-8) * size).all())
+    b = torch.randn_like(convolve(x, torch.zeros(shape, dtype=dtype), None, 2, 1))
+    V = torch.randn(2, *shape)
+    dots = step(x, b, Convolution((2, 2), (1, 1), (1, 1), 1, transposed, (0, 0)), V)
+    x, b = x.double(), b.double()
+    truth = torch.stack([(b * convolve(x, v.double(), None, 2, 1)).sum((1, 2, 3)) for v in V], 1)
+    size = torch.stack([(b.abs() * convolve(x.abs(), v.abs().double(), None, 2, 1)).sum((1, 2, 3)) for v in V], 1)
+    assert bool(((dots - truth).abs() <= (1e-12 if dtype == torch.float64 else 2**-8) * size).all())
 
 
 @pytest.mark.parametrize("channels", [1, 20])

@@ -1,5 +1,6 @@
 """The Triton kernel of persample_inner without a GPU: run by Triton's interpreter, and compiled for GPUs."""
 
+import itertools
 import math
 
 import pytest
@@ -94,5 +95,5 @@ def test_launches_of_more_samples_than_a_grid_has_programs():
     ranges = sample_ranges(2**33, 3)
     assert ranges[0][0] == 0
     assert ranges[-1][1] == 2**33
-    assert all(stop == start for (_, stop), (start, _) in zip(ranges[:-1], ranges[1:], strict=True))
+    assert all(one[1] == following[0] for one, following in itertools.pairwise(ranges))
     assert all((stop - start) * 3 <= MOST_PROGRAMS for start, stop in ranges)

@@ -82,6 +82,11 @@ class ConvolutionTerm(Term):
         return (self.output_grads, self.inputs) if self.convolution.transposed else (self.inputs, self.output_grads)
 
     @property
+    def by_convolution(self) -> bool:
+        """Whether dots are had from a convolution, at a convolution's cost."""
+        return self.inputs.is_cuda
+
+    @property
     def one_image(self) -> bool:
         """Whether image i is sample i."""
         return len(self.inputs) == self.samples and not isinstance(self.layout, Scattered)
@@ -103,7 +108,7 @@ class ConvolutionTerm(Term):
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
-        if self.inputs.is_cuda:
+        if self.by_convolution:
             c = self.convolution
             dots = _KERNELS.persample_conv.default(
                 *self._pair, directions, self.shape[2:], c.stride, c.padding, c.dilation, c.groups, False, False
@@ -146,7 +151,7 @@ class ConvolutionTerm(Term):
     def step(self, directions: Tensor) -> tuple[Tensor, Term]:
         """See Term."""
         held = self.inputs[0].numel() + self.output_grads[0].numel()
-        if self.inputs.is_cuda or not self.one_image or math.prod(self.shape) > KEEP_RATIO * held:
+        if self.by_convolution or not self.one_image or math.prod(self.shape) > KEEP_RATIO * held:
             return self.dots(directions), self
         G, dots, _ = self._call(directions, grads=True)
         assert G is not None

@@ -15,9 +15,16 @@ from tests.triton_kernels.compiled_persample import DTYPES, _Compiled
 from tests.triton_kernels.compiled_row_divergence import _Driver
 
 # Vectors of 16 bytes, of a few elements, none; one position; parts; channels last
-LAYERS = ((8, 512, 768), (4, 70, 1001), (300, 1, 512), (2, 9000, 20))  # N, T, D
-GROUPS = ((8, 64, 3136, 32), (8, 256, 196, 32), (8, 512, 49, 32), (1, 8, 50_000, 2), (4, 33, 1, 3))  # N, C, L, groups
-IMAGES = ((8, 1, 64, 3136), (8, 3, 256, 196), (8, 1, 33, 49), (300, 1, 10, 1))  # N, K, C, L
+LAYERS = ((8, 512, 768), (4, 70, 1001), (300, 1, 512), (1, 1, 1), (2, 9000, 20))  # N, T, D
+GROUPS = (
+    (8, 64, 3136, 32),
+    (8, 256, 196, 32),
+    (8, 512, 49, 32),
+    (1, 8, 50_000, 2),
+    (4, 33, 1, 3),
+    (1, 1, 1, 1),
+)  # N, C, L, groups
+IMAGES = ((8, 1, 64, 3136), (8, 3, 256, 196), (8, 1, 33, 49), (300, 1, 10, 1), (1, 1, 1, 1))  # N, K, C, L
 
 
 def channels_last(x):

@@ -34,8 +34,8 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiles_without_spilling(capability, tmp_path):
     compiled, spills = compile_for("compiled_persample_sums.py", (capability, "persample_inner"), tmp_path)
-    assert len(compiled) == 48
-    assert len(spills) >= 40  # fewer where sizes have the same divisibility, and hence one binary
+    assert len(compiled) == 60
+    assert len(spills) >= 45  # fewer where sizes have the same divisibility, and hence one binary
     assert not any(spills)
 
 

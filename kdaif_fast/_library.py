@@ -25,6 +25,7 @@ _references: dict[Any, Callable[..., Any]] = {}
 _triton_kernels: dict[Any, Callable[..., Any]] = {}
 _compiled_cuda_kernels: dict[Any, Callable[..., Any]] = {}  # of ops for which Triton is asked first
 _triton_on_cuda: set[Any] = set()
+_composed_on_cuda: set[Any] = set()
 
 
 class MissingKernelsWarning(UserWarning):
@@ -105,6 +106,7 @@ def define(
     reference: Callable[..., Any],
     triton: str | None = None,
     triton_first: bool = False,
+    composed: Callable[..., Any] | None = None,
 ) -> Any:
     """Define an op; each device takes the best kernel that is there: compiled, then Triton (CUDA), then reference.
 
@@ -114,6 +116,8 @@ def define(
         reference: the definition.
         triton: the module of triton_kernels/ that has a function of the op's name. It is imported at the first launch.
         triton_first: on CUDA Triton answers even where a kernel is compiled, which is registered as <op>_compiled.
+        composed: answers on CUDA where there is no kernel: made of torch's own operations, as the vendor's library is
+            fast at them, where the definition would be far too slow.
     """
     name = LIBRARY.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -127,6 +131,9 @@ def define(
         if not _has_kernel(op, "CUDA"):
             LIBRARY.impl(name, _triton_kernels[op], "CUDA")
             _triton_on_cuda.add(op)
+    if composed is not None and not _has_kernel(op, "CUDA"):
+        LIBRARY.impl(name, composed, "CUDA")
+        _composed_on_cuda.add(op)
     return op
 
 
@@ -154,9 +161,11 @@ def _lazy_triton(module: str, name: str, reference: Callable[..., Any]) -> Calla
 
 
 def kernel_for(op: Any, device: str) -> str:
-    """Which backend answers for an op on a device type ("cpu" or "cuda")."""
+    """Which backend answers for an op on a device type ("cpu" or "cuda"); "torch": operations of torch's own."""
     if not _has_kernel(op, device.upper()):
         return "reference"
+    if device == "cuda" and op in _composed_on_cuda:
+        return "torch"
     return "triton" if device == "cuda" and op in _triton_on_cuda else device
 
 

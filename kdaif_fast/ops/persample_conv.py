@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._library import define
 from ..reference import persample_conv as reference
-from . import _check
+from . import _check, _conv_by_torch
 from ._plain import kernel_or_reference
 
 OP = "persample_conv"
@@ -50,12 +50,14 @@ _persample_conv = define(
     "(Tensor, Tensor, Tensor)",
     fake=reference.persample_conv,
     reference=reference.persample_conv,
+    composed=_conv_by_torch.persample_conv,
 )
 _persample_conv_out = define(
     f"persample_conv_out(Tensor inputs, Tensor output_grads, Tensor? directions, {_GEOMETRY}, bool norms, "
     "Tensor(a!) out) -> (Tensor, Tensor)",
     fake=_out_reference,
     reference=_out_reference,
+    composed=_conv_by_torch.persample_conv_out,
 )
 
 
@@ -76,8 +78,9 @@ def persample_conv(
     """Each sample's weight gradient G_i of a convolution; or only <G_i, V_k> and ||G_i||^2, without storing G.
 
     With U_i the patches of sample i, one column a position, G_i = b_i U_i^T, group by group. On the CPU no patches are
-    built, and dots and norms are taken while a part of G_i is in the cache. The gradient of a transposed convolution
-    is the same with inputs and output_grads exchanged.
+    built, and dots and norms are taken while a part of G_i is in the cache. On a GPU the vendor's library answers: dots
+    are <b_i, conv(x_i; V_k)>. The gradient of a transposed convolution is the same with inputs and output_grads
+    exchanged.
 
     On the CPU the kernel is not differentiable; where a derivative may be asked for (an argument requires grad, or a
     transform or compiler is at work) the definition in plain torch answers, differentiable in every tensor.
@@ -86,7 +89,8 @@ def persample_conv(
         inputs: [N, C, *S], the layer's inputs; 1 to 3 spatial axes; float32, float64, bfloat16 or float16. Any strides.
         output_grads: [N, O, *positions], the gradient of each sample's loss at the layer's outputs; dtype and device of
             the inputs. Any strides.
-        directions: [K, O, C / groups, *kernel] of any float dtype; used in float32, or float64 for float64 inputs.
+        directions: [K, O, C / groups, *kernel] of any float dtype; used in float32, or float64 for float64 inputs; on a
+            GPU in the inputs' dtype, whose digits the dots then have, or TF32 where torch allows it to convolutions.
         kernel: the kernel's size along each axis.
         stride: as for the convolution, one number an axis; so are padding and dilation.
         padding: zeros on both sides of each axis.
@@ -108,6 +112,9 @@ def persample_conv(
 
     Memory (CPU): G if asked for without `out`, one copy of the directions, (K + 1) numbers for every 16 or 32 output
         channels of a sample, and per thread one padded sample of one group and 32 rows of G.
+    Memory (GPU): G if asked for without `out`; for dots, as much as output_grads for each direction, 2^26 numbers at
+        most unless one direction takes more; for G and norms the patches of some samples, 2^25 numbers at most unless
+        one sample takes more, and as many products.
 
     Example:
         >>> import torch

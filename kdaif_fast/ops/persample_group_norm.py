@@ -16,6 +16,7 @@ _persample_group_norm = define(
     "persample_group_norm(Tensor inputs, Tensor output_grads, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     fake=reference.persample_group_norm,
     reference=reference.persample_group_norm,
+    triton="persample_group_norm",
 )
 
 

@@ -16,6 +16,7 @@ _persample_layer_norm = define(
     "persample_layer_norm(Tensor inputs, Tensor output_grads, Tensor? mean, Tensor rstd) -> (Tensor, Tensor)",
     fake=reference.persample_layer_norm,
     reference=reference.persample_layer_norm,
+    triton="persample_layer_norm",
 )
 
 

@@ -25,7 +25,9 @@ def patches(
 ) -> Tensor:
     """[N, C, *S] -> [N, C, *kernel, *positions]: what every element of the kernel meets at every position."""
     axes = len(kernel)
-    padded = F.pad(inputs, [amount for p in reversed(padding) for amount in (p, p)])
+    padded = inputs
+    if any(padding):  # padding by nothing would copy
+        padded = F.pad(inputs, [amount for p in reversed(padding) for amount in (p, p)])
     for axis in range(axes):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
         windows = padded.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]

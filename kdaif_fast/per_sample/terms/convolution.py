@@ -12,8 +12,12 @@ from ...ops.persample_conv import persample_conv
 from ..layout import Layout, Scattered
 from .base import Materialised, Term
 
-# Kept for the weighted sum, per-sample gradients may take this many elements for each element of what made them.
+# Kept for the weighted sum, per-sample gradients may take this many elements for each element of what made them. On a
+# CPU: on a GPU the vendor's convolutions are fast, and per-sample gradients cost more than they save.
 KEEP_RATIO = 4
+
+# What is passed is right by construction, and nobody differentiates it: straight to the kernels, past all checks.
+_KERNELS = torch.ops.kdaif_fast
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ class ConvolutionTerm(Term):
         self, directions: Tensor | None = None, *, grads: bool = False, norms: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         c = self.convolution
-        pair = (self.output_grads, self.inputs) if c.transposed else (self.inputs, self.output_grads)
         return persample_conv(
-            *pair,
+            *self._pair,
             None if directions is None else directions.to(self.inputs.dtype),
             kernel=self.shape[2:],
             stride=c.stride,
@@ -72,6 +75,16 @@ class ConvolutionTerm(Term):
             norms=norms,
             out=out,
         )
+
+    @property
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """As persample_conv takes them."""
+        return (self.output_grads, self.inputs) if self.convolution.transposed else (self.inputs, self.output_grads)
+
+    @property
+    def by_convolution(self) -> bool:
+        """Whether dots are had from a convolution, at a convolution's cost."""
+        return self.inputs.is_cuda
 
     @property
     def one_image(self) -> bool:
@@ -95,7 +108,13 @@ class ConvolutionTerm(Term):
 
     def dots(self, directions: Tensor) -> Tensor:
         """See Term."""
-        dots = self._call(directions)[1]
+        if self.by_convolution:
+            c = self.convolution
+            dots = _KERNELS.persample_conv.default(
+                *self._pair, directions, self.shape[2:], c.stride, c.padding, c.dilation, c.groups, False, False
+            )[1]
+        else:
+            dots = self._call(directions)[1]
         assert dots is not None
         return self.layout.sum_rows(dots, self.samples)
 
@@ -109,10 +128,14 @@ class ConvolutionTerm(Term):
 
     def weighted(self, weights: Tensor) -> Tensor:
         """See Term."""
-        c = self.convolution
+        c, x, b = self.convolution, self.inputs, self.output_grads
+        if x.numel() < b.numel():  # images of few channels, mostly
+            x = self.layout.scale(x, weights)
+        else:
+            b = self.layout.scale(b, weights)
         _, grad, _ = torch.ops.aten.convolution_backward(
-            self.layout.scale(self.output_grads, weights),
-            self.inputs,
+            b,
+            x,
             self.inputs.new_empty(1).expand(self.shape),  # of the weight, only the shape is used
             None,
             c.stride,
@@ -128,7 +151,7 @@ class ConvolutionTerm(Term):
     def step(self, directions: Tensor) -> tuple[Tensor, Term]:
         """See Term."""
         held = self.inputs[0].numel() + self.output_grads[0].numel()
-        if not self.one_image or math.prod(self.shape) > KEEP_RATIO * held:
+        if self.by_convolution or not self.one_image or math.prod(self.shape) > KEEP_RATIO * held:
             return self.dots(directions), self
         G, dots, _ = self._call(directions, grads=True)
         assert G is not None

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._tree import wide_dtype
-from .base import Term
+from ...ops._persample_inner import persample_inner
+from .base import BLOCK_ELEMENTS, Term
 
 
 class EmbeddingTerm(Term):
@@ -39,7 +40,7 @@ class EmbeddingTerm(Term):
         """See Term."""
         wide = wide_dtype(self.output_grads.dtype)
         b = self.output_grads.to(wide)
-        return torch.stack([(v[self.indices].to(wide) * b).sum((1, 2)) for v in directions], 1)
+        return torch.cat([persample_inner(v[self.indices].to(wide).unsqueeze(1), b) for v in directions], 1)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """See Term."""
@@ -57,8 +58,26 @@ class EmbeddingTerm(Term):
         rows.index_add_(0, place.reshape(-1), self.output_grads.reshape(-1, self.shape[1]).to(wide))
         return keys, rows
 
+    @property
+    def by_pairs(self) -> bool:
+        """Whether norms are summed over pairs of positions: to find the rows that occur, one would wait for a GPU."""
+        return self.output_grads.is_cuda and self.indices.shape[1] ** 2 <= BLOCK_ELEMENTS
+
+    def _norms_by_pairs(self) -> Tensor:
+        """sum of <b_t, b_t'> over the positions that look up the same row."""
+        wide, T = wide_dtype(self.output_grads.dtype), self.indices.shape[1]
+        parts = [self.output_grads.new_zeros(0, dtype=wide)]
+        step = max(1, BLOCK_ELEMENTS // max(1, T * T))
+        for start in range(0, self.samples, step):
+            b, rows = self.output_grads[start : start + step].to(wide), self.indices[start : start + step]
+            products = b.bmm(b.mT).masked_fill_(rows.unsqueeze(1) != rows.unsqueeze(2), 0)
+            parts.append(products.sum((1, 2)).clamp_(min=0))  # rounding can put 0 below it
+        return torch.cat(parts)
+
     def squared_norms(self) -> Tensor:
         """See Term."""
+        if self.by_pairs:
+            return self._norms_by_pairs()
         keys, rows = self._rows()
         owner = keys // self.shape[0]
         return rows.new_zeros(self.samples).index_add_(0, owner, rows.square().sum(1))

@@ -34,7 +34,7 @@ class Size(NamedTuple):
     large: int
 
     def size_class(self, *args: Any) -> str:
-        """ "small" or "large", of the arguments of a call."""
+        """Of a call with these arguments: "small" or "large"."""
         return "large" if self.of(*args) >= self.large else "small"
 
 
@@ -56,7 +56,7 @@ class Order(NamedTuple):
 
     def for_op(self, name: str) -> dict[str, list[str]]:
         """Class -> backends, the best one first; the usual ones where nothing is said."""
-        return self.of.get(name) or dict.fromkeys(CLASSES, list(USUAL))
+        return self.of.get(name) or {size: list(USUAL) for size in CLASSES}
 
 
 def read(path: Path = FILE) -> Order:

@@ -155,7 +155,7 @@ def _choose_on_cuda(op: Any, name: str) -> None:
 
 
 def _chooser(name: str, orders: dict[str, list[str]], kernels: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """A kernel that passes calls on to the best one for their size; never float64 to Triton: its scalars are float32."""
+    """A kernel that passes calls on to the best for their size; float64 never to Triton, whose scalars are float32."""
     best = {size: kernels[order[0]] for size, order in orders.items()}
     in_float64 = {size: kernels[next(b for b in order if b != "triton")] for size, order in orders.items()}
     distinguishes = len(set(best.values())) > 1 or len(set(in_float64.values())) > 1

@@ -7,6 +7,8 @@ will need compiled); benchmarks, alone, for which a third of the time is kept. A
 stopped, and what it had found by then counts. The results are written after every stage: OUT/<gpu>.json and .md. The
 exit status is 0 unless a build, a test, the sanitizer or a result of the benchmarks was wrong.
 
+`--only plans`, which is not among them, measures the row kernels under each plan that KDAIF_ROW_PLAN can ask for.
+
 --rehearse runs every stage on the CPU, with tiny sizes, to see that the runner works; nothing of it is a measurement.
 """
 
@@ -29,6 +31,7 @@ from .recorder import counts
 from .sanitizer import TOOLS, kernel_names, read_log
 from .tables import page, summary, wrong_rows
 
+PLANS = "plans"
 STAGES = ("build", "tests", "sanitizer", "benchmarks")
 SHARE = 0.34  # of the time, kept for the benchmarks
 BUILD_SHARE = 0.4  # at most
@@ -59,6 +62,7 @@ class Runner:
             "library": {},
             "stages": {},
             "benchmarks": None,
+            "row plans": {},
         }
 
     def run(self) -> int:
@@ -81,6 +85,8 @@ class Runner:
             self._check(plan)
         if "benchmarks" in self.only:
             self._measure(plan)
+        if PLANS in self.only:
+            self._sweep(plan)
         self.results["seconds"] = round(time.monotonic() - self.start)
         self.write()
         print("\n".join(["", *summary(self.results), f"results: {self.path}.json and .md"]), flush=True)
@@ -111,7 +117,8 @@ class Runner:
         before = read_json(self.path.with_name(self.path.name + ".json"))
         if before is None or set(self.only) == set(STAGES):
             return
-        self.results["stages"], self.results["benchmarks"] = before["stages"], before["benchmarks"]
+        for name in ("stages", "benchmarks", "row plans"):
+            self.results[name] = before.get(name, self.results[name])
 
     def _facts(self, plan: Plan, what: str) -> dict[str, Any]:
         ended = self._alone(plan.facts(what), min(time.monotonic() + 90, self.end))
@@ -171,6 +178,19 @@ class Runner:
         self._look(plan, at_once=True)
         self._note_job(ended["benchmarks"])
 
+    def _sweep(self, plan: Plan) -> None:
+        """Each plan of the row kernels, one after the other."""
+        start, states = time.monotonic(), []
+        jobs = plan.row_plans(60)
+        for wish, job in jobs.items():
+            ended = self._alone(job, min(time.monotonic() + 75, self.end - LAST))
+            found = read_json(plan.planned(job)) or {"rows": []}
+            self.results["row plans"][wish or "own choice"] = found["rows"]
+            states.append(ended.state)
+            self.write()
+        state = next((state for state in states if state != "ok"), "ok")
+        self._note(PLANS, {"state": state, "seconds": time.monotonic() - start})
+
     def _look(self, plan: Plan, at_once: bool = False) -> None:
         if at_once or time.monotonic() > self.looked + EVERY:
             self.looked = time.monotonic()
@@ -205,12 +225,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--only", nargs="+", choices=(*STAGES, PLANS), default=list(STAGES), metavar="STAGE")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so through what stops the stages
     out = arguments.out or (ROOT / "build/rehearsal-results" if arguments.rehearse else ROOT / "benchmarks/results")
-    only = tuple(stage for stage in STAGES if stage in arguments.only)
+    only = tuple(stage for stage in (*STAGES, PLANS) if stage in arguments.only)
     sys.exit(Runner(out.resolve(), arguments.minutes, only, arguments.rehearse).run())
 
 

@@ -1,6 +1,6 @@
 """The process that times: ceilings, then every case in the order of importance, then all of them once more.
 
-    python -m benchmarks.gpu.measuring --out FILE [--seconds 150] [--only TEXT] [--tiny] [--warm i/n]
+    python -m benchmarks.gpu.measuring --out FILE [--seconds 150] [--only TEXT] [--ways NAME ...] [--tiny] [--warm i/n]
 
 What is found is written after every case, so that whoever stops it keeps that.
 """
@@ -8,8 +8,10 @@ What is found is written after every case, so that whoever stops it keeps that.
 from __future__ import annotations
 
 import argparse
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,15 @@ CPU_CACHE = 2**20
 MOST_TO_WARM = 0.15  # of the GPU's memory: tests are running beside
 
 
-def cases(scale: Scale, only: str = "") -> list[Case]:
-    """All cases whose title contains `only`, the most important first."""
+def cases(scale: Scale, only: str = "", ways: Sequence[str] = ()) -> list[Case]:
+    """All cases in whose title the expression `only` is found, the most important first; with these ways, if named."""
     groups = [group(scale) for group in GROUPS]
     early = [case for group in groups for case in group[: (len(group) + 1) // 2]]
     late = [case for group in groups for case in group[(len(group) + 1) // 2 :]]
-    return [case for case in early + late if only in case.title]
+    found = [case for case in early + late if re.search(only, case.title)]
+    if ways:
+        found = [replace(case, ways={w: way for w, way in case.ways.items() if w in ways}) for case in found]
+    return [case for case in found if case.ways]
 
 
 class Run:
@@ -67,8 +72,8 @@ class Run:
             cache = torch.cuda.get_device_properties(0).L2_cache_size
         return Bench(self.scale.device, self.timer, self.ceilings, cache)
 
-    def measure(self, wanted: list[Case]) -> None:
-        """Ceilings, two passes over the cases, and the counts of their kernels."""
+    def measure(self, wanted: list[Case], once: bool = False) -> None:
+        """Ceilings, two passes over the cases (or one), and the counts of their kernels."""
         self.ceilings = ceilings(self.timer, self.scale.tiny)
         self.write()
         bench = self.bench()
@@ -86,6 +91,9 @@ class Run:
             self.write()
             print(f"{time.monotonic() - start:6.1f} s  {case.title}", flush=True)
         self.passes = 1
+        if once:
+            self.write()
+            return
         for title, case in self.cases.items():
             if self.is_over():
                 break
@@ -131,19 +139,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--only", default="", help="cases whose title contains this")
+    parser.add_argument("--only", default="", help="cases in whose title this regular expression is found")
+    parser.add_argument("--ways", nargs="+", default=[], help="only these")
+    parser.add_argument("--once", action="store_true", help="one pass")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU does in milliseconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warm", metavar="i/n", help="only call the i-th of n parts of the cases once")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     run = Run(arguments.out, Scale(arguments.device, arguments.tiny), arguments.seconds)
-    wanted = cases(run.scale, arguments.only)
+    wanted = cases(run.scale, arguments.only, arguments.ways)
     if arguments.warm:
         part, parts = map(int, arguments.warm.split("/"))
         run.warm(wanted[part::parts])
     else:
-        run.measure(wanted)
+        run.measure(wanted, arguments.once)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ GPU_TESTS = Path("tests/gpu")
 SANITIZED = GPU_TESTS / "sanitized.py"
 REHEARSED = "tests/ops/test_segment_mean.py"
 WARMERS = 3
+ROW_PLANS = ("", "block", "wide", "split", "ring", "ring:256", "ring:512:2", "ring:256:2", "ring:256:3")
+"""What KDAIF_ROW_PLAN is set to in turn; "" is the choice that csrc/cuda/row_divergence_plan.h makes by itself."""
+PLANNED = "row_divergence_(with_grad|hvp)"
 QUIET = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 ONE_THREAD = {**QUIET, "OMP_NUM_THREADS": "1"}
 
@@ -92,13 +95,28 @@ class Plan(NamedTuple):
         """Alone on the machine."""
         return Job("benchmarks", self._measuring(seconds), self._log("benchmarks"), QUIET)
 
+    def row_plans(self, seconds: float) -> dict[str, Job]:
+        """The row kernels once under each plan: KDAIF_ROW_PLAN is read when a process uses it first."""
+        ways = ("cpu" if self.rehearses else "cuda", "reference")
+        jobs = {}
+        for plan in ROW_PLANS[:1] if self.rehearses else ROW_PLANS:
+            name = f"plan {plan or 'own choice'}"
+            out = self.folder / f"{_plain(name)}.json"
+            command = (*self._measuring(seconds, out), "--once", "--only", PLANNED, "--ways", *ways)
+            jobs[plan] = Job(name, command, self._log(name), {**QUIET, "KDAIF_ROW_PLAN": plan})
+        return jobs
+
+    def planned(self, job: Job) -> Path:
+        """Where such a job writes."""
+        return self.folder / f"{_plain(job.name)}.json"
+
     @property
     def measured(self) -> Path:
         """Where the benchmarks write what they have found."""
         return self.folder / "measured.json"
 
-    def _measuring(self, seconds: float) -> tuple[str, ...]:
-        command = (sys.executable, "-m", "benchmarks.gpu.measuring", "--out", str(self.measured))
+    def _measuring(self, seconds: float, out: Path | None = None) -> tuple[str, ...]:
+        command = (sys.executable, "-m", "benchmarks.gpu.measuring", "--out", str(out or self.measured))
         where = ("--device", "cpu", "--tiny") if self.rehearses else ("--device", "cuda")
         return *command, *where, "--seconds", f"{seconds:.0f}"
 
@@ -125,7 +143,7 @@ class Plan(NamedTuple):
 
 
 def _plain(name: str) -> str:
-    return name.replace(" ", "-").replace("/", "-of-").lower()
+    return name.replace(" ", "-").replace("/", "-of-").replace(":", "-").lower()
 
 
 def _test_files(targets: Iterable[str]) -> list[Path]:

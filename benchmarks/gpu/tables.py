@@ -8,7 +8,7 @@ from typing import Any
 
 from .order import ESTIMATES, relative_costs, table_of
 
-MOST_LINES = 30
+MOST_MISSED = 20
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -23,6 +23,7 @@ def page(results: Mapping[str, Any]) -> str:
         if not results.get("rehearsal"):
             lines += _orders(results)
         lines += _tunings(found)
+    lines += _row_plans(results.get("row plans") or {})
     return "\n".join(lines) + "\n"
 
 
@@ -38,23 +39,24 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     found = results.get("benchmarks")
     if found:
         lines += [f"ceilings: {_ceiling_text(found['ceilings'])}"]
-        verdicts = [
-            (t, met, row) for row in found["rows"] if row.get("answers") for t, met in row.get("targets", {}).items()
-        ]
-        missed = [(text, row) for text, met, row in verdicts if met is False]
-        met = sum(met is True for _, met, _ in verdicts)
-        if results.get("rehearsal"):
-            missed = []
-        else:
-            lines.append(
-                f"targets: {met} met, {len(missed)} missed, {len(verdicts) - met - len(missed)} not to be said"
-            )
-        lines += [f"  missed: {_title(row)}: {text} ({_measured(row)})" for text, row in missed[: MOST_LINES - 15]]
+        if not results.get("rehearsal"):
+            lines += _targets(found)
         lines += [f"  WRONG: {_title(row)}, {row['way']}: error {row['error']}" for row in wrong_rows(results)]
         failed = [row for row in found["rows"] if "failed" in row]
         lines += [f"  failed: {_title(row)}, {row['way']}: {row['failed'][:120]}" for row in failed[:8]]
         lines.append(f"passes {found['passes']}; cases skipped for lack of time: {len(found['skipped'])}")
     return lines
+
+
+def _targets(found: Mapping[str, Any]) -> list[str]:
+    """Of what users get: how many targets are met, and which are not."""
+    verdicts = [
+        (text, met, row) for row in found["rows"] if row.get("answers") for text, met in row.get("targets", {}).items()
+    ]
+    missed = [(text, row) for text, met, row in verdicts if met is False]
+    met = sum(met is True for _, met, _ in verdicts)
+    lines = [f"targets: {met} met, {len(missed)} missed, {len(verdicts) - met - len(missed)} not to be said"]
+    return lines + [f"  missed: {_title(row)}: {text} ({_measured(row)})" for text, row in missed[:MOST_MISSED]]
 
 
 def wrong_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -143,7 +145,7 @@ def _ceilings(found: Mapping[str, Any]) -> list[str]:
 def _rows(found: Mapping[str, Any]) -> list[str]:
     text = (
         "time: what the GPU needs, the median of the better pass (steps and scores: until the result is there). "
-        "asking: what the CPU needs to ask for it. share: of the floor at the ceilings above. A star marks what a user gets."
+        "asking: what the CPU needs to ask for it. share: of the floor at the ceilings above. A star: what a user gets."
     )
     lines = ["## Measurements", "", text, ""]
     head = "| shape | dtype | way | time | asking | kernels | share | passes differ | error | target |"
@@ -199,6 +201,23 @@ def _orders(results: Mapping[str, Any]) -> list[str]:
             best = min((value for value in costs.values()), default=math.inf)
             loss = f"{costs['triton'] / best:.2f}" if "triton" in costs and math.isfinite(best) else ""
             lines.append(f"| {op} | {size} | {', '.join(order)} | {loss} |")
+    return [*lines, ""]
+
+
+def _row_plans(plans: Mapping[str, Any]) -> list[str]:
+    """Time and share of the ceiling of each case under each plan."""
+    if not plans:
+        return []
+    found = {plan: {_title(row): row for row in rows if row["way"] != "reference"} for plan, rows in plans.items()}
+    titles = dict.fromkeys(title for rows in found.values() for title in rows)
+    lines = ["## Plans of the row kernels", "", f"| case | {' | '.join(plans)} |", "|---|" + "---:|" * len(plans)]
+    for title in titles:
+        cells = []
+        for rows in found.values():
+            row = rows.get(title, {})
+            wrong = " WRONG" if row.get("is_right") is False else ""
+            cells.append((_measured(row) if "seconds" in row else row.get("failed", "")) + wrong)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

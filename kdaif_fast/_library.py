@@ -234,7 +234,11 @@ def backend(name: str) -> Iterator[None]:
     if backends()[name] != "loaded":
         raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
     compiled = {op: partial(_if_on_cuda, kernel, op) for op, kernel in _compiled_cuda_kernels.items()}
-    tables = {"reference": _references, "triton": _triton_kernels, "cuda": compiled}
+    tables: dict[str, dict[Any, Callable[..., Any]]] = {
+        "reference": _references,
+        "triton": _triton_kernels,
+        "cuda": compiled,
+    }
     with _Force(tables[name]) if name in tables else contextlib.nullcontext():
         yield
 

@@ -314,7 +314,7 @@ def rehearsal(tmp_path_factory):
     """One run of the command, all stages; of the benchmarks what the time allows."""
     out = tmp_path_factory.mktemp("results")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(out), "--minutes", "0.7"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(out), "--minutes", "0.5"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     return out, done
 

@@ -117,7 +117,7 @@ class Plan(NamedTuple):
 
     def _measuring(self, seconds: float, out: Path | None = None) -> tuple[str, ...]:
         command = (sys.executable, "-m", "benchmarks.gpu.measuring", "--out", str(out or self.measured))
-        where = ("--device", "cpu", "--tiny") if self.rehearses else ("--device", "cuda")
+        where = ("--device", "cpu", "--tiny", "--once") if self.rehearses else ("--device", "cuda")
         return *command, *where, "--seconds", f"{seconds:.0f}"
 
     def _pytest(self, stage: str, targets: Sequence[str], processes: int) -> list[Job]:

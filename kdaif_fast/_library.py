@@ -233,12 +233,10 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend: name is {name!r}, expected one of {', '.join(BACKENDS)}")
     if backends()[name] != "loaded":
         raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
-    compiled = {op: partial(_if_on_cuda, kernel, op) for op, kernel in _compiled_cuda_kernels.items()}
-    tables: dict[str, dict[Any, Callable[..., Any]]] = {
-        "reference": _references,
-        "triton": _triton_kernels,
-        "cuda": compiled,
+    compiled: dict[Any, Callable[..., Any]] = {
+        op: partial(_if_on_cuda, kernel, op) for op, kernel in _compiled_cuda_kernels.items()
     }
+    tables = {"reference": _references, "triton": _triton_kernels, "cuda": compiled}
     with _Force(tables[name]) if name in tables else contextlib.nullcontext():
         yield
 

@@ -309,6 +309,28 @@ class TestCases:
         assert bench.floor(replace(case, bytes=0.0)) is None
 
 
+def test_a_case_that_ends_the_process_costs_only_itself(tmp_path):
+    """As an illegal access to memory does on a GPU: the next process goes on after it."""
+    code = (
+        "import os, sys, torch; from benchmarks.gpu import measuring; from benchmarks.gpu.cases import Case\n"
+        "def case(name, f): return Case(name, 's', 'float32', lambda: torch.ones(1), {'cpu': lambda x: f})\n"
+        "found = [case('a', lambda: None), case('b', lambda: os._exit(9)), case('c', lambda: None)]\n"
+        "measuring.cases = lambda *args: found\n"
+        "measuring.main()\n"
+    )
+    out = tmp_path / "measured.json"
+    codes = []
+    for more in ((), ("--resume",)):
+        command = [sys.executable, "-c", code, "--out", str(out), "--tiny", "--device", "cpu", "--once", *more]
+        codes.append(subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode)
+    assert codes == [9, 0]
+    rows = {row["case"]: row for row in files.read_json(out)["rows"]}
+    assert set(rows) == {"a", "b s float32", "c"}
+    assert rows["a"]["seconds"]
+    assert rows["c"]["seconds"]
+    assert rows["b s float32"]["failed"] == "it ended the process"
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     """One run of the command, all stages; of the benchmarks what the time allows."""

@@ -65,6 +65,7 @@ class Case:
         peak_stated: bytes that the library's docstring promises at most; memory is measured where it is given.
         tf32: whether products of float32 may be formed on the matrix units.
         tolerance: if not that of the dtype.
+        most_sets: of inputs at most, where what is done with one overflows the cache by itself.
         notes: way -> what its row is to say.
     """
 
@@ -84,6 +85,7 @@ class Case:
     peak_stated: float | None = None
     tf32: bool = False
     tolerance: float | None = None
+    most_sets: int = MOST_SETS
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -177,7 +179,7 @@ class Bench:
         """Inputs enough to overflow the cache, two at least."""
         first = case.inputs()
         held = sum(x.numel() * x.element_size() for x in tensors_in(first)) or 1
-        count = 2 if self.device == "cpu" else min(max(math.ceil(CACHES * self.cache / held), 2), MOST_SETS)
+        count = 2 if self.device == "cpu" else min(max(math.ceil(CACHES * self.cache / held), 2), case.most_sets)
         return [first, *(case.inputs() for _ in range(count - 1))]
 
     def run(self, case: Case) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 
 from .cases import Bench, Case, answering, finish
 from .ceilings import ceilings
-from .files import write_json
+from .files import read_json, write_json
 from .heads import head_cases
 from .layers import convolution_cases, layer_cases, vector_cases
 from .rows import loss_cases, part_cases, product_cases, stats_cases
@@ -34,7 +34,7 @@ GROUPS: tuple[Callable[[Scale], list[Case]], ...] = (
 )
 """By importance; of each group the first half comes before the second half of any."""
 CPU_CACHE = 2**20
-MOST_TO_WARM = 0.15  # of the GPU's memory: tests are running beside
+MOST_TO_WARM = 0.2  # of the GPU's memory: tests are running beside
 
 
 def cases(scale: Scale, only: str = "", ways: Sequence[str] = ()) -> list[Case]:
@@ -60,6 +60,23 @@ class Run:
         self.ceilings: dict[str, float] = {}
         self.cases: dict[str, Case] = {}
         self.passes = 0
+        self.now: str | None = None
+        self.before: list[dict[str, Any]] = []
+
+    def resume(self) -> set[str]:
+        """Take over what a process before this one has written; the titles of the cases that need not be measured.
+
+        The case that it was in when it ended is among them: it is what ended it.
+        """
+        written = read_json(self.out) or {"rows": [], "skipped": [], "now": None}
+        self.before = written["rows"]
+        done = {f"{row['case']} {row['shape']} {row['dtype']}" for row in self.before}
+        if written["now"] and written["now"] not in done:
+            self.before.append(
+                {"case": written["now"], "shape": "", "dtype": "", "way": "all", "failed": "it ended the process"}
+            )
+            done.add(written["now"])
+        return done
 
     def is_over(self) -> bool:
         """Whether the time is up."""
@@ -81,14 +98,17 @@ class Run:
             if self.is_over():
                 self.skipped.append(case.title)
                 continue
-            start = time.monotonic()
+            start, self.now = time.monotonic(), case.title
+            self.write()
             rows = bench.run(case)
             for row in rows:
                 row["answers"] = row["way"] == answering(case, self.scale.device)
             self.rows[case.title], self.cases[case.title] = rows, case
             finish(bench, case, rows)
             self.tunings.look(case.title)
+            self.now = None
             self.write()
+            self.timer.wait()  # a GPU that a kernel has put out of order says so here, and the process ends
             print(f"{time.monotonic() - start:6.1f} s  {case.title}", flush=True)
         self.passes = 1
         if once:
@@ -126,7 +146,8 @@ class Run:
         """What is known so far."""
         content = {
             "ceilings": self.ceilings,
-            "rows": [row for rows in self.rows.values() for row in rows],
+            "rows": self.before + [row for rows in self.rows.values() for row in rows],
+            "now": self.now,
             "skipped": self.skipped,
             "passes": self.passes,
             "tunings": self.tunings.found,
@@ -142,13 +163,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases in whose title this regular expression is found")
     parser.add_argument("--ways", nargs="+", default=[], help="only these")
     parser.add_argument("--once", action="store_true", help="one pass")
+    parser.add_argument("--resume", action="store_true", help="go on after the case that ended the process before")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU does in milliseconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warm", metavar="i/n", help="only call the i-th of n parts of the cases once")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     run = Run(arguments.out, Scale(arguments.device, arguments.tiny), arguments.seconds)
-    wanted = cases(run.scale, arguments.only, arguments.ways)
+    done = run.resume() if arguments.resume else set()
+    wanted = [c for c in cases(run.scale, arguments.only, arguments.ways) if c.title not in done]
     if arguments.warm:
         part, parts = map(int, arguments.warm.split("/"))
         run.warm(wanted[part::parts])

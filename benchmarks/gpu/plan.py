@@ -91,9 +91,10 @@ class Plan(NamedTuple):
             for part in parts
         ]
 
-    def benchmarks(self, seconds: float) -> Job:
-        """Alone on the machine."""
-        return Job("benchmarks", self._measuring(seconds), self._log("benchmarks"), QUIET)
+    def benchmarks(self, seconds: float, resumes: bool = False) -> Job:
+        """Alone on the machine; again after a case that has ended the process."""
+        more = ("--resume",) if resumes else ()
+        return Job("benchmarks", (*self._measuring(seconds), *more), self._log("benchmarks"), QUIET)
 
     def row_plans(self, seconds: float) -> dict[str, Job]:
         """The row kernels once under each plan: KDAIF_ROW_PLAN is read when a process uses it first."""

@@ -47,6 +47,7 @@ def _step_case(scale: Scale, name: str, kept: Callable[[], Any], narrow: bool, c
         *(shape, "bfloat16, autocast" if narrow else "float32", lambda: kept()[0].batch(), ways),
         targets=(Target("<= 1.45 plain steps", times=1.45, against=PLAIN),),
         asks_ahead=False,
+        most_sets=1,
     )
 
 
@@ -114,6 +115,7 @@ def influence_cases(scale: Scale) -> list[Case]:
                 for text, way in (("the naive loop", "naive loop"), ("torch.func", "torch.func"))
             ),
             asks_ahead=False,
+            most_sets=1,
         )
     ]
 
@@ -164,5 +166,6 @@ def distillation_cases(scale: Scale) -> list[Case]:
                 "kdaif_fast": lambda _: unchecked(kept("M3").step),
             },
             asks_ahead=False,
+            most_sets=1,
         )
     ]

@@ -261,6 +261,15 @@ def test_ops_of_several_backends_have_a_size_and_an_order():
         assert all(sorted(found) == sorted(_cuda_order.USUAL) for found in classes.values())
 
 
+def test_info_says_where_the_order_is_from(monkeypatch):
+    from kdaif_fast.info import info
+
+    monkeypatch.setattr(_library, "ORDER", _library.ORDER._replace(source=_cuda_order.ESTIMATE))
+    assert info()["order on CUDA"] == "by estimate, as no GPU has measured it"
+    monkeypatch.setattr(_library, "ORDER", _library.ORDER._replace(source="benchmarks/results/x.json"))
+    assert info()["order on CUDA"] == "by benchmarks/results/x.json"
+
+
 def test_sizes_are_those_of_the_work():
     size = _cuda_order.SIZES["persample_dot"]
     inputs, output_grads = torch.empty(4, 8, 32, device="meta"), torch.empty(4, 8, 16, device="meta")

@@ -32,7 +32,9 @@ def commit() -> str:
     found = said("git", "rev-parse", "HEAD")
     if not found:
         return "unknown (no git here)"
-    return found + (" and changes" if said("git", "status", "--porcelain", "--untracked-files=no") else "")
+    return found + (
+        " and changes" if said("git", "status", "--porcelain", "--untracked-files=no", "--", *SOURCES) else ""
+    )
 
 
 def sources() -> str:

@@ -4,10 +4,12 @@
 # make lint        ruff and mypy
 # make bench       benchmarks, with ratios measured in one run
 # make experiments what weights are worth in training: the missing runs behind docs/results.md, and its tables (20 min)
+# make gpu         with a GPU: build, all tests, the sanitizer and GPU benchmarks in 9 minutes (docs/gpu.md)
 # make bench-peers influence scores against other libraries, which are put into a folder of their own (long)
 #
 # Each makes its own virtual environment in .venv the first time. Nothing but python3 (>= 3.10), pip, g++ and make
-# need be there.
+# need be there. Only `make gpu` takes $(PYTHON) as it is, with the torch, nvcc and pytest that it has, and downloads
+# nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,7 @@ CURVLINOPS ?= curvlinops-for-pytorch==3.0.1
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_tools -type f -name '*.[chp]*') setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-slow lint bench bench-peers experiments clean
+.PHONY: demo test test-slow lint bench bench-peers experiments gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -43,6 +45,9 @@ bench: $(VENV)/.installed-bench
 
 experiments: $(VENV)/.installed-demo
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/run_experiments.py
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 bench-peers: $(VENV)/.installed-bench $(VENV)-peers/.installed
 	$(BIN)/python benchmarks/bench_influence.py --peers $(VENV)-peers

@@ -6,13 +6,16 @@ import contextlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _cuda_order
 from ._warn import warn_user
 
 NAMESPACE = "kdaif_fast"
@@ -23,9 +26,9 @@ CPU_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _references: dict[Any, Callable[..., Any]] = {}
 _triton_kernels: dict[Any, Callable[..., Any]] = {}
-_compiled_cuda_kernels: dict[Any, Callable[..., Any]] = {}  # of ops for which Triton is asked first
-_triton_on_cuda: set[Any] = set()
-_composed_on_cuda: set[Any] = set()
+_compiled_cuda_kernels: dict[Any, Callable[..., Any]] = {}
+_composed: dict[Any, Callable[..., Any]] = {}
+_orders_on_cuda: dict[Any, dict[str, list[str]]] = {}  # of the backends that are there, for each size class
 
 
 class MissingKernelsWarning(UserWarning):
@@ -105,46 +108,74 @@ def define(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     triton: str | None = None,
-    triton_first: bool = False,
     composed: Callable[..., Any] | None = None,
 ) -> Any:
-    """Define an op; each device takes the best kernel that is there: compiled, then Triton (CUDA), then reference.
+    """Define an op. CPU tensors take the compiled kernel, CUDA tensors the first of _cuda_order.json that is there.
 
     Args:
         schema: as torch.library.define takes it.
         fake: gives shapes and dtypes only.
         reference: the definition.
         triton: the module of triton_kernels/ that has a function of the op's name. It is imported at the first launch.
-        triton_first: on CUDA Triton answers even where a kernel is compiled, which is registered as <op>_compiled.
-        composed: answers on CUDA where there is no kernel: made of torch's own operations, as the vendor's library is
-            fast at them, where the definition would be far too slow.
+        composed: for CUDA tensors, made of torch's own operations, as the vendor's library is fast at them, where the
+            definition would be far too slow: the backend "torch".
     """
     name = LIBRARY.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _references[op] = reference
-    if triton_first:
-        _use_compiled(op, name, schema)
+    if _has_kernel(op, "CUDA"):
+        _compiled_cuda_kernels[op] = _compiled_cuda(op)
     if triton is not None and _STATES["triton"] == "loaded":
         _triton_kernels[op] = _lazy_triton(triton, name, reference)
-        if not _has_kernel(op, "CUDA"):
-            LIBRARY.impl(name, _triton_kernels[op], "CUDA")
-            _triton_on_cuda.add(op)
-    if composed is not None and not _has_kernel(op, "CUDA"):
-        LIBRARY.impl(name, composed, "CUDA")
-        _composed_on_cuda.add(op)
+    if composed is not None:
+        _composed[op] = composed
+    _choose_on_cuda(op, name)
     return op
 
 
-def _use_compiled(op: Any, name: str, schema: str) -> None:
-    """The compiled CUDA kernel of an op that asks Triton first: it answers where Triton is not there."""
-    compiled_name = LIBRARY.define(schema.replace(name, f"{name}_compiled", 1))
-    compiled = getattr(getattr(torch.ops, NAMESPACE), compiled_name).default
-    if _has_kernel(compiled, "CUDA"):
-        _compiled_cuda_kernels[op] = compiled
-        if _STATES["triton"] != "loaded":
-            LIBRARY.impl(name, compiled, "CUDA")
+def kernels_on_cuda(op: Any) -> dict[str, Callable[..., Any]]:
+    """Backend -> kernel, of the backends that have one for CUDA tensors; each takes all of the op's arguments."""
+    tables = {"cuda": _compiled_cuda_kernels, "triton": _triton_kernels, "torch": _composed, "reference": _references}
+    return {name: table[op] for name, table in tables.items() if op in table}
+
+
+def _compiled_cuda(op: Any) -> Callable[..., Any]:
+    """The compiled kernel itself, which stays callable where another one is registered in its place."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return partial(torch.library.get_kernel(op, "CUDA").call_boxed, keys)
+
+
+def _choose_on_cuda(op: Any, name: str) -> None:
+    """Register what answers for CUDA tensors, unless it is registered already."""
+    kernels = kernels_on_cuda(op)
+    orders = {size: [b for b in order if b in kernels] for size, order in ORDER.for_op(name).items()}
+    _orders_on_cuda[op] = orders
+    # The compiled kernels have registered themselves and the reference answers for every device: without Python's help.
+    if {order[0] for order in orders.values()} == {"cuda" if "cuda" in kernels else "reference"}:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # which is what we mean
+        LIBRARY.impl(name, _chooser(name, orders, kernels), "CUDA", allow_override=True)
+
+
+def _chooser(name: str, orders: dict[str, list[str]], kernels: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A kernel that passes calls on to the best for their size; float64 never to Triton, whose scalars are float32."""
+    best = {size: kernels[order[0]] for size, order in orders.items()}
+    in_float64 = {size: kernels[next(b for b in order if b != "triton")] for size, order in orders.items()}
+    distinguishes = len(set(best.values())) > 1 or len(set(in_float64.values())) > 1
+    any_class = next(iter(orders))
+
+    def kernel(*args: Any) -> Any:
+        size = _cuda_order.SIZES[name].size_class(*args) if distinguishes else any_class
+        return (in_float64 if _has_float64(args) else best)[size](*args)
+
+    return kernel
+
+
+def _has_float64(args: Any) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args)
 
 
 def _has_kernel(op: Any, key: str) -> bool:
@@ -153,20 +184,21 @@ def _has_kernel(op: Any, key: str) -> bool:
 
 def _lazy_triton(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
-            return reference(*args)  # a Triton kernel's scalar arguments are float32
+        if _has_float64(args):
+            return reference(*args)
         return getattr(importlib.import_module(f"kdaif_fast.triton_kernels.{module}"), name)(*args)
 
     return kernel
 
 
 def kernel_for(op: Any, device: str) -> str:
-    """Which backend answers for an op on a device type ("cpu" or "cuda"); "torch": operations of torch's own."""
-    if not _has_kernel(op, device.upper()):
-        return "reference"
-    if device == "cuda" and op in _composed_on_cuda:
-        return "torch"
-    return "triton" if device == "cuda" and op in _triton_on_cuda else device
+    """Which backend answers for an op on a device type ("cpu" or "cuda"); of several, which for what size."""
+    if device != "cuda":
+        return device if _has_kernel(op, device.upper()) else "reference"
+    firsts = {size: order[0] for size, order in _orders_on_cuda[op].items()}
+    if len(set(firsts.values())) == 1:
+        return next(iter(firsts.values()))
+    return ", ".join(f"{backend} ({size})" for size, backend in firsts.items())
 
 
 def ops() -> list[Any]:
@@ -191,8 +223,9 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" answers everything with plain PyTorch, "triton" everything with Triton (CUDA tensors, or any
-            where TRITON_INTERPRET=1 was set from the start). "cpu" and "cuda" assert that the compiled kernels are
-            loaded; they already answer for tensors on their device.
+            where TRITON_INTERPRET=1 was set from the start), "cuda" what CUDA tensors are in with the compiled kernels.
+            "cpu" asserts that the compiled kernels are loaded; they already answer for CPU tensors. An op without a
+            kernel of that backend is answered as always.
 
     Raises:
         ValueError: for an unknown name, or a backend that is not loaded (with the reason).
@@ -206,9 +239,18 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend: name is {name!r}, expected one of {', '.join(BACKENDS)}")
     if backends()[name] != "loaded":
         raise ValueError(f"backend: {name!r} is not loaded: {backends()[name]}")
-    tables = {"reference": _references, "triton": _triton_kernels, "cuda": _compiled_cuda_kernels}
+    compiled: dict[Any, Callable[..., Any]] = {
+        op: partial(_if_on_cuda, kernel, op) for op, kernel in _compiled_cuda_kernels.items()
+    }
+    tables = {"reference": _references, "triton": _triton_kernels, "cuda": compiled}
     with _Force(tables[name]) if name in tables else contextlib.nullcontext():
         yield
 
 
+def _if_on_cuda(kernel: Callable[..., Any], op: Any, *args: Any) -> Any:
+    is_cuda = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    return (kernel if is_cuda else op)(*args)
+
+
+ORDER = _cuda_order.read()
 _STATES = _load_all()

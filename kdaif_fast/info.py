@@ -9,6 +9,7 @@ import platform
 import torch
 
 from . import __version__, _derive, _library
+from ._cuda_order import ESTIMATE
 
 
 def info() -> dict[str, str]:
@@ -33,6 +34,9 @@ def info() -> dict[str, str]:
     facts["CPU instruction set"] = _cpu_level()
     facts["GPU"] = _gpu()
     facts["triton version"] = _version_of("triton")
+    facts["order on CUDA"] = f"by {_library.ORDER.source}" + (
+        ", as no GPU has measured it" if _library.ORDER.source == ESTIMATE else ""
+    )
     facts["derivative rules"] = _derivative_rules()
     for op in _library.ops():
         on_gpu = _library.kernel_for(op, "cuda")

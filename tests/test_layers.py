@@ -12,7 +12,8 @@ PACKAGE = Path(kdaif_fast.__file__).parent
 # A room may import from itself and from the rooms below it. Private modules of the package are rooms of one file.
 BELOW = {
     "_warn": set(),
-    "_library": {"_warn"},
+    "_cuda_order": set(),
+    "_library": {"_cuda_order", "_warn"},
     "_derive": {"_library"},
     "_tree": set(),
     "reference": set(),
@@ -39,7 +40,7 @@ BELOW = {
     },
     "integrations": {"distill", "_model", "_warn"},
     "demo": {"distill", "influence", "ops", "_model"},
-    "info": {"_library", "_derive", "ops", "__init__", "_build_info"},
+    "info": {"_cuda_order", "_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"_config", "demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kdaif_fast
-from kdaif_fast import _library
+from kdaif_fast import _cuda_order, _library
 
 HERE = Path(kdaif_fast.__file__).parent
 HAS_KERNELS = kdaif_fast.backends()["cpu"] == "loaded"
@@ -117,6 +117,7 @@ def test_missing_kernels_warn_once_and_everything_works(tmp_path):
         target = copy / path.relative_to(HERE)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())
+    (copy / "_cuda_order.json").write_text((HERE / "_cuda_order.json").read_text())
     reason = "no C++ compiler was found (set CXX, or install g++)"
     (copy / "_build_report.json").write_text(f'{{"cpu": "{reason}", "cuda": "{reason}"}}')
     code = USE + "import kdaif_fast.info; import sys; print(kdaif_fast.info.format_info(), file=sys.stderr)"
@@ -149,38 +150,158 @@ def test_cuda_library_waits_for_a_torch_with_cuda(tmp_path, monkeypatch):
 
 
 ORDER_ON_CUDA = """
-import torch
-from kdaif_fast import _library
+import torch, sys, types
+from kdaif_fast import _cuda_order, _library
 compiled = torch.library.Library("kdaif_fast", "IMPL")
 for name in COMPILED:
     compiled.impl(name, lambda x: x + 1, "CUDA")
 _library._STATES |= {"cuda": "loaded", "triton": TRITON}
-def one(name, **more):
-    return _library.define(f"{name}(Tensor x) -> Tensor", fake=torch.empty_like, reference=lambda x: x, **more)
-ops = (
-    *(one("plain"), one("with_triton", triton="probe"), one("first", triton="probe", triton_first=True)),
-    one("composed", composed=lambda x: x),
-)
-print(*(_library.kernel_for(op, "cuda") for op in ops))
-print(*(op in _library._compiled_cuda_kernels for op in ops))
+names = ("usual", "first", "mixed", "plain")
+_cuda_order.SIZES |= {name: _cuda_order.Size(_cuda_order.elements, 4) for name in names}
+_library.ORDER = _cuda_order.Order("a test", {
+    "first": {"small": ["triton", "cuda", "reference"], "large": ["triton", "cuda", "reference"]},
+    "mixed": {"small": ["cuda", "triton", "reference"], "large": ["triton", "reference", "cuda"]},
+    "plain": {"small": ["reference", "cuda", "triton"], "large": ["reference", "cuda", "triton"]},
+})
+sys.modules["kdaif_fast.triton_kernels.probe"] = module = types.ModuleType("probe")
+for name in names:
+    setattr(module, name, lambda x: x + 2)
+def one(name):
+    schema = f"{name}(Tensor x) -> Tensor"
+    return _library.define(schema, fake=torch.empty_like, reference=lambda x: x + 3, triton="probe")
+ops = [one(name) for name in names]
+answers = {1: "cuda", 2: "triton", 3: "reference"}
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+def answer(op, count, dtype):  # what is registered for CUDA, called as it is: no GPU is needed for it
+    x = torch.zeros(count, dtype=dtype)
+    has_one = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA")
+    result = torch.library.get_kernel(op, "CUDA").call_boxed(keys, x) if has_one else op(x)
+    return answers[int(result[0])]
+for op in ops:
+    print(op._opname, _library.kernel_for(op, "cuda"), sep=": ")
+    print(*(answer(op, n, d) for d in (torch.float32, torch.float64) for n in (3, 4)))
+print(*(op._opname for op in ops if op in _library._compiled_cuda_kernels))
+print(*(op._opname for op in ops if op in _library._triton_kernels))
+print([{name: int(kernel(torch.zeros(1))) for name, kernel in _library.kernels_on_cuda(op).items()} for op in ops])
+"""
+EVERY = {"usual", "first", "mixed", "plain"}
+
+
+def order_on_cuda(compiled, triton):
+    code = ORDER_ON_CUDA.replace("COMPILED", repr(sorted(compiled))).replace("TRITON}", f"{triton!r}}}")
+    *lines, with_cuda, with_triton, kernels = python(code, PYTHONWARNINGS="error").stdout.splitlines()
+    said = dict(line.split(": ") for line in lines[::2])
+    # Of each op: float32, small and large; float64, small and large.
+    return said, dict(zip(said, map(str.split, lines[1::2]), strict=True)), with_cuda, with_triton, kernels
+
+
+def test_order_of_kernels_on_cuda():
+    """The first that is there, for each op and size; float64 never by Triton; every kernel stays reachable."""
+    said, answers, with_cuda, with_triton, kernels = order_on_cuda(EVERY, "loaded")
+    assert said == {
+        "usual": "cuda",
+        "first": "triton",
+        "mixed": "cuda (small), triton (large)",
+        "plain": "reference",
+    }
+    assert answers == {
+        "usual": ["cuda", "cuda", "cuda", "cuda"],
+        "first": ["triton", "triton", "cuda", "cuda"],
+        "mixed": ["cuda", "triton", "cuda", "reference"],
+        "plain": ["reference"] * 4,
+    }
+    assert with_cuda == with_triton == "usual first mixed plain"
+    assert kernels == repr([{"cuda": 1, "triton": 2, "reference": 3}] * 4)
+
+
+def test_a_kernel_that_is_not_there_is_passed_over():
+    said, answers, *_ = order_on_cuda(EVERY, "not installed")
+    assert said == {"usual": "cuda", "first": "cuda", "mixed": "cuda (small), reference (large)", "plain": "reference"}
+    assert answers["mixed"] == ["cuda", "reference", "cuda", "reference"]
+    said, answers, with_cuda, *_ = order_on_cuda(set(), "loaded")
+    assert said == {"usual": "triton", "first": "triton", "mixed": "triton", "plain": "reference"}
+    assert answers["usual"] == ["triton", "triton", "reference", "reference"]
+    assert with_cuda == ""
+    said, answers, *_ = order_on_cuda(set(), "not installed")
+    assert set(said.values()) == {"reference"}
+    assert all(set(found) == {"reference"} for found in answers.values())
+
+
+def test_what_compiled_kernels_answer_needs_no_python():
+    """Nothing is registered over a compiled kernel that comes first for every size."""
+    code = ORDER_ON_CUDA.replace("COMPILED", repr(sorted(EVERY))).replace("TRITON}", "'loaded'}")
+    code += """
+for op in ops:
+    registered = torch._C._dispatch_dump(op.name()).split("CUDA: ", 1)[1].splitlines()[0]
+    print(op._opname, "_library.py" in registered)
+"""
+    lines = python(code, PYTHONWARNINGS="error").stdout.splitlines()[-4:]
+    assert lines == ["usual False", "first True", "mixed True", "plain True"]
+
+
+COMPOSED_ON_CUDA = """
+import torch, sys, types
+from kdaif_fast import _library
+if COMPILED:
+    compiled = torch.library.Library("kdaif_fast", "IMPL", "CUDA")
+    compiled.impl("composed", lambda x: x + 1, "CUDA")
+sys.modules["kdaif_fast.triton_kernels.probe"] = module = types.ModuleType("probe")
+module.composed = lambda x: x + 2
+_library._STATES |= {"cuda": "loaded", "triton": "loaded"}
+made = dict(fake=torch.empty_like, reference=lambda x: x + 3, composed=lambda x: x + 4, triton=TRITON)
+op = _library.define("composed(Tensor x) -> Tensor", **made)
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+x = torch.zeros(3)
+print(_library.kernel_for(op, "cuda"), int(torch.library.get_kernel(op, "CUDA").call_boxed(keys, x)[0]), int(op(x)[0]))
 """
 
 
 @pytest.mark.parametrize(
     ("compiled", "triton", "answers"),
-    [
-        (["plain", "with_triton", "first_compiled"], "loaded", "cuda cuda triton torch"),
-        (["plain", "with_triton", "first_compiled", "composed"], "not installed", "cuda cuda cuda cuda"),
-        ([], "loaded", "reference triton triton torch"),
-        ([], "not installed", "reference reference reference torch"),
-    ],
+    [(False, None, "torch 4 3"), (False, "probe", "triton 2 3"), (True, "probe", "cuda 1 3")],
 )
-def test_order_of_kernels_on_cuda(compiled, triton, answers):
-    """Compiled, Triton, what torch's own operations are composed to, reference, for each op by itself; Triton before
-    compiled where that is said."""
-    code = ORDER_ON_CUDA.replace("COMPILED", repr(compiled)).replace("TRITON}", f"{triton!r}}}")
-    result = python(code, PYTHONWARNINGS="error")
-    assert result.stdout.splitlines() == [answers, f"False False {'first_compiled' in compiled} False"]
+def test_what_is_composed_answers_where_no_kernel_does(compiled, triton, answers):
+    code = COMPOSED_ON_CUDA.replace("COMPILED", repr(compiled)).replace("TRITON)", f"{triton!r})")
+    assert python(code, PYTHONWARNINGS="error").stdout.strip() == answers
+
+
+def test_forced_cuda_leaves_cpu_tensors_to_the_cpu():
+    calls = []
+    op = torch.ops.kdaif_fast.cg_dots.default
+    assert _library._if_on_cuda(lambda *args: calls.append(args), op, *torch.ones(2, 1, 3)).tolist() == [[3.0], [3.0]]
+    assert not calls
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    _library._if_on_cuda(lambda *args: calls.append(args), op, torch.ones(1).as_subclass(OnCuda), 2.0)
+    assert len(calls) == 1
+
+
+def test_ops_of_several_backends_have_a_size_and_an_order():
+    order = _cuda_order.read()
+    assert set(order.of) == set(_cuda_order.SIZES)
+    assert set(order.of) <= {op._opname for op in _library.ops()}
+    for classes in order.of.values():
+        assert set(classes) == set(_cuda_order.CLASSES)
+        assert all(sorted(found) == sorted(_cuda_order.USUAL) for found in classes.values())
+
+
+def test_info_says_where_the_order_is_from(monkeypatch):
+    from kdaif_fast.info import info
+
+    monkeypatch.setattr(_library, "ORDER", _library.ORDER._replace(source=_cuda_order.ESTIMATE))
+    assert info()["order on CUDA"] == "by estimate, as no GPU has measured it"
+    monkeypatch.setattr(_library, "ORDER", _library.ORDER._replace(source="benchmarks/results/x.json"))
+    assert info()["order on CUDA"] == "by benchmarks/results/x.json"
+
+
+def test_sizes_are_those_of_the_work():
+    size = _cuda_order.SIZES["persample_dot"]
+    inputs, output_grads = torch.empty(4, 8, 32, device="meta"), torch.empty(4, 8, 16, device="meta")
+    assert size.of(inputs, output_grads, None) == 4 * 8 * 32 * 16
+    wide = torch.empty(1024, 1024, device="meta")
+    assert [_cuda_order.SIZES["row_divergence"].size_class(x, None) for x in (wide, wide[1:])] == ["large", "small"]
 
 
 class TestForcing:

@@ -1,4 +1,4 @@
-// persample_dot on the GPU without Triton: the choice of a way, launches and registration. The kernels are in
+// persample_dot on the GPU in CUDA C++: the choice of a way, launches and registration. The kernels are in
 // persample_dot.cuh, the definition in kdaif_fast/reference/persample_dot.py. With Triton, its kernel answers: it uses tensor
 // cores.
 #include <cuda_runtime.h>
@@ -90,4 +90,4 @@ Tensor persample_dot(const Tensor& inputs, const Tensor& output_grads, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CUDA, m) { m.impl("persample_dot_compiled", TORCH_BOX(&persample_dot)); }
+STABLE_TORCH_LIBRARY_IMPL(kdaif_fast, CUDA, m) { m.impl("persample_dot", TORCH_BOX(&persample_dot)); }

@@ -21,7 +21,6 @@ _persample_dot = define(
     fake=_fake,
     reference=reference.persample_dot,
     triton="persample_dot",
-    triton_first=True,
 )
 
 

@@ -1,0 +1,1 @@
+"""Measurements of the library. It is imported from the repository's root."""

@@ -209,9 +209,9 @@ __device__ __forceinline__ void whole_row(const RowDivergence& d, bool check, in
   write_loss<parts, T, width>(d, at, r, y, weight, l, team, loss == nullptr ? nullptr : loss + row);
 }
 
-// As many warps as rows of a multiprocessor's share of 4096: all at work at once.
+// 28 warps a multiprocessor; at the 64 registers that 32 would leave, sm_80 spills.
 template <int parts, class T, int width, int packets>
-__global__ void __launch_bounds__(WARPS_IN_BLOCK * WARP, 8)
+__global__ void __launch_bounds__(WARPS_IN_BLOCK * WARP, 7)
 fast_warp_kernel(const RowDivergence d, bool check, float* __restrict__ loss, T* __restrict__ grads) {
   const int64_t first = int64_t(blockIdx.x) * WARPS_IN_BLOCK + threadIdx.x / WARP;
   WarpTeam team;

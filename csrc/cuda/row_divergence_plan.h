@@ -120,10 +120,11 @@ struct RingKind {
 // With no second look, nothing is kept. slots is 0 where shared memory is too small.
 inline RingShape ring_shape(int64_t V, const RingKind& kind, unsigned threads, int64_t blocks, const Machine& m) {
   constexpr int64_t reserved = 1024;  // of each block, by CUDA
-  const int64_t bytes = (m.shared + reserved) / blocks - reserved - STATIC_SHARED, loads = int64_t(threads) * kind.packets;
+  const int64_t bytes = (m.shared + reserved) / blocks - reserved - STATIC_SHARED;
+  const int64_t loads = int64_t(threads) * kind.packets, chunk = loads * kind.width;
   const int64_t slots = V <= LONGEST_RING_ROW ? bytes / (kind.streams * loads * 16) : 0;
   if (slots <= kind.in_flight) return {};
-  RingShape r{static_cast<int>(slots), kind.streams, static_cast<int>((V + loads * kind.width - 1) / (loads * kind.width)), 0, 0};
+  RingShape r{static_cast<int>(slots), kind.streams, static_cast<int>((V + chunk - 1) / chunk), 0, 0};
   if (kind.two_looks) r.kept = r.chunks < r.slots - AHEAD ? r.chunks : r.slots - AHEAD;
   if (kind.two_looks) r.again = r.chunks - r.kept;
   return r;

@@ -3,7 +3,8 @@
 One position: ||a||^2 ||b||^2, read once. Several: either the Gram matrices A A^T and B B^T of a sample's positions, a
 tile of both at a time, multiplied and summed (they are symmetric: tiles below the diagonal count twice, those above are
 not formed); or tiles of G_i itself, squared and summed. The one with fewer operations is taken. A program writes one
-number; a second stage adds those of a sample. No atomics: results repeat bit for bit.
+number; a second stage adds those of a sample. Where one tile holds all of a sample's positions it is loaded once. No
+atomics: results repeat bit for bit.
 
 Floor: N T (I + O) elements read, and N T min(T (I + O), 2 I O) operations, but for the halves of tiles on the diagonal.
 Memory: 4 bytes for each tile of a sample.

@@ -1,11 +1,20 @@
 """weighted_grad in Triton: sum_i w_i sum_t b_it a_it^T, a matrix product over all samples' positions.
 
-A program owns a tile of the result and a part of the positions; b is weighted as it is loaded, so that no weighted copy
-of B exists. Where the tiles alone would leave a GPU idle, the positions are cut into parts, whose sums a second stage
-adds. No atomics: results repeat bit for bit.
+A program owns a tile of the result and a part of the positions. Where T divides into steps, a sample's positions are
+summed first, and the sum is weighted: the matrix units read both operands as they were loaded. It takes the registers
+of two tiles, so the largest tile, and any for other T, has b weighted as it is loaded. No weighted copy of B exists.
+Where the tiles alone would leave a GPU idle, the positions are cut into parts, whose sums a second stage adds. No
+atomics: results repeat bit for bit.
 
-w b is rounded to bfloat16 for bfloat16 tensors, as it is in the gradient of a weighted loss. float16 is widened and
-multiplied in TF32, which has float16's digits: weights such as 1 / N would push gradients out of float16's range.
+Overhead over the plain product, estimated from a Hopper's instructions, not measured: of a sample at a time, some 180
+instructions a warp and a wait for the matrix units, for each T / 64 steps of 512 clocks: a tenth at T = 512, more than
+half at T = 64. Of weights on load, 300 instructions a step of 1024 clocks in place of 100, issued twice by each
+scheduler: hidden only where they overlap with the product. Which is faster is found out by timing both.
+
+w b is rounded to bfloat16 where it is weighted on load, as it is in the gradient of a weighted loss. float16 is widened
+and multiplied in TF32, which has float16's digits: weights such as 1 / N would push gradients out of float16's range.
+TF32's units sum over what lies side by side, which positions do not: elements are loaded one by one, and a Hopper is
+far from its rate.
 
 Floor: 2 N T O I operations; N T (I + O) elements read. Memory: the result, and 4 O I bytes a part where there are
 several.
@@ -39,6 +48,7 @@ from .persample_tiles import (
 )
 
 SMALLEST_PART = 512  # positions
+LONG_SAMPLE = 256  # positions, from which to weight whole samples is guessed to be faster
 PART_COST = 700  # 128 KB of traffic at 17 bytes a clock, over the 11 clocks that a position of a 128 x 128 tile takes
 
 
@@ -128,8 +138,12 @@ def product_of_weighted(inputs: Tensor, output_grads: Tensor) -> Product:
 
 
 def sample_by_sample_first(blocks: tuple[Blocks, ...], T: int) -> tuple[Blocks, ...]:
-    """The blocks with those first that weight sums of whole samples, if there are such."""
-    return tuple(sorted(blocks, key=lambda b: even(T) % b.depth != 0 or b.rows * b.columns > MOST_OF_TWO.value))
+    """The blocks with those first that weight sums of whole samples, if that happens rarely enough."""
+
+    def comes_later(b: Blocks) -> bool:
+        return T < LONG_SAMPLE or even(T) % b.depth != 0 or b.rows * b.columns > MOST_OF_TWO.value
+
+    return tuple(sorted(blocks, key=comes_later))
 
 
 def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .persample_tiles import (
+    IN_FULL,
     MULTIPROCESSORS,
     WIDEST,
     candidates,
@@ -212,8 +213,9 @@ def _of_dense(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tenso
     index = index_type(*extents)
     even_outputs, even_features = even(outputs, parts.rows), even(features, parts.columns)
     blocks = candidates(positions, parts.rows, parts.columns, for_offsets(product, index), K * number)
-    # Of the largest tile there is no room for masks in registers.
-    blocks = tuple(b for b in blocks if b.columns < WIDEST or even_outputs % WIDEST == even_features % b.depth == 0)
+    # Beside the largest tiles there is no room for masks in registers.
+    largest = SMALLEST_PART if product.blocks == IN_FULL else WIDEST
+    blocks = tuple(b for b in blocks if b.columns < largest or even_outputs % b.columns == even_features % b.depth == 0)
     kernel = tuned(_persample_dot_kernel, blocks, ("features", "outputs", "PRECISION"))
     with on_device_of(inputs):
         kernel[lambda chosen: (triton.cdiv(positions, chosen["ROWS"]) * K * number,)](

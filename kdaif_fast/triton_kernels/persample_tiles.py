@@ -132,7 +132,8 @@ def candidates(rows: int, columns: int, depth: int, product: Product, count: int
     for blocks in product.blocks:
         r, c, d = block_for(rows, blocks.rows), block_for(columns, blocks.columns), block_for(depth, blocks.depth)
         warps = max(min(blocks.warps, max(r * c, r * d, c * d) // 256), 1)
-        fitting.setdefault((r, c, d), Blocks(r, c, d, warps, blocks.stages, blocks.registers))
+        if (r, c, d) not in fitting or blocks[:3] == (r, c, d):  # rather one of this size than a larger one cut to it
+            fitting[r, c, d] = Blocks(r, c, d, warps, blocks.stages, blocks.registers)
 
     def busy(blocks: Blocks) -> int:
         tiles = triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns)

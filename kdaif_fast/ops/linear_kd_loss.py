@@ -78,20 +78,31 @@ def _decomposed(x: _Inputs, call: _Call) -> Tensor:
     return reference.reduce(losses, call.labels, call.ignore_index, call.reduction)  # looks at no value
 
 
+def chooses_rows(labels: Tensor) -> bool:
+    """Whether ignored rows are left out; else, where to ask how many there are would wait for a GPU, they are zeros."""
+    return labels.device.type == "cpu"
+
+
 class _Rows:
-    """The rows that are not ignored, and the two projections of them."""
+    """The rows that are not ignored, or all, and the two projections of them."""
 
     def __init__(self, x: _Inputs, call: _Call) -> None:
         self.call = call
         self.N, self.V = call.labels.shape[0], x.head_weight.shape[0]
-        kept = (call.labels != call.ignore_index).nonzero()[:, 0]
-        count = kept.shape[0]
-        self.kept = None if count == self.N else kept
-        self.student = Projection(x.hidden, x.head_weight, x.head_bias, self.kept, x.dtype)
-        self.teacher = Projection(x.teacher, x.teacher_head, x.teacher_bias, self.kept, x.dtype)
-        factor = 1 / max(count, 1) if call.reduction == "mean" else 1.0
-        self.factor = torch.full((), factor, dtype=x.dtype, device=x.hidden.device)
-        self.scale = self.factor.expand(count) if x.weight is None else self.factor * self.of(x.weight)
+        is_kept = call.labels != call.ignore_index
+        self.kept, self.ignored = None, None
+        if chooses_rows(call.labels):
+            kept = is_kept.nonzero()[:, 0]
+            self.kept = None if kept.shape[0] == self.N else kept
+        else:
+            self.ignored = ~is_kept
+        self.student = Projection(x.hidden, x.head_weight, x.head_bias, self.kept, self.ignored, x.dtype)
+        self.teacher = Projection(x.teacher, x.teacher_head, x.teacher_bias, self.kept, self.ignored, x.dtype)
+        self.factor = torch.ones((), dtype=x.dtype, device=x.hidden.device)
+        if call.reduction == "mean":
+            self.factor = self.factor / is_kept.sum().clamp(min=1)
+        scale = self.factor.expand(self.N) if x.weight is None else self.factor * x.weight
+        self.scale = self.of(scale if self.ignored is None else scale.masked_fill(self.ignored, 0))
 
     def of(self, values: Tensor) -> Tensor:
         """[N] -> [K], of the rows that are not ignored."""
@@ -149,11 +160,12 @@ class _Chunked(torch.autograd.Function):
         if torch.is_grad_enabled() or not (is_scalar or _has_values(upstream)):
             return None, *_gradients_of_decomposed(inputs, needs, upstream, ctx.call)
         if is_scalar:
-            gradients = _scaled(saved[7:-1], upstream)
+            gradients = _scaled(saved[7:-1], inputs[:6], upstream)
         elif any(needs[:6]):
             rows = _Rows(inputs, ctx.call)
             rows.want(needs)
-            rows.run(rows.scale * rows.of(upstream))
+            from_above = upstream if rows.ignored is None else upstream.masked_fill(rows.ignored, 0)
+            rows.run(rows.scale * rows.of(from_above))
             gradients = rows.gradients
         else:
             gradients = ()
@@ -166,17 +178,27 @@ class _Chunked(torch.autograd.Function):
 def _has_values(upstream: Tensor) -> bool:
     """Whether this is no batch of gradients, of torch.func's vmap or of the one that autograd has for itself."""
     try:
-        upstream.reshape(-1)[:1].sum().item()
+        upstream.untyped_storage()  # a batch has none of its own; to look at a value would wait for a GPU
     except RuntimeError:
         return False
     return True
 
 
-def _scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> Sequence[Tensor | None]:
-    """factor * gradient, never in place: the graph may be walked again."""
-    if _has_values(factor) and factor.item() == 1:
+def _scaled(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], factor: Tensor
+) -> Sequence[Tensor | None]:
+    """factor * gradient in the input's dtype, never in place: the graph may be walked again."""
+    has_values = _has_values(factor)
+    if has_values and factor.device.type == "cpu" and factor.item() == 1:
         return gradients
-    return [None if g is None else factor * g for g in gradients]
+
+    def scaled(gradient: Tensor, x: Tensor) -> Tensor:
+        if not has_values:
+            return factor * gradient
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
+
+    pairs = zip_longest(gradients, inputs)
+    return [None if g is None or x is None else scaled(g, x) for g, x in pairs]
 
 
 def _gradients_of_decomposed(
@@ -219,7 +241,8 @@ def linear_kd_loss(
 
     alpha * cross-entropy + (1 - alpha) * T^2 * KL(teacher || student), in nats. For "mean" and "sum" the gradients are
     formed in the forward pass, chunk by chunk, if anything needs them; the backward pass scales them by what comes from
-    above. For "none" the backward pass goes through the chunks again. Rows that are ignored cost nothing.
+    above. For "none" the backward pass goes through the chunks again. Rows that are ignored cost nothing on a CPU; on a
+    GPU, which nothing waits for, as much as others.
 
     Args:
         hidden: [..., D], the student's last hidden states; float32, float64, bfloat16 or float16.
@@ -246,9 +269,9 @@ def linear_kd_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not match, labels out of range, a teacher_bias without a teacher_head, a
-            temperature that is not positive, alpha outside [0, 1], an unknown reduction, chunk_rows below 1. Each names
-            the argument and its value, before anything is computed.
+        ValueError: shapes or devices that do not match, labels out of range (on the CPU), a teacher_bias without a
+            teacher_head, a temperature that is not positive, alpha outside [0, 1], an unknown reduction, chunk_rows
+            below 1. Each names the argument and its value, before anything is computed.
 
     Memory: with compiled kernels, at most two chunks besides inputs, outputs and what follows; a chunk is chunk_rows x
         V numbers of the logits' dtype (32 MiB by default on a CPU for 8,000 to 130,000 classes, 512 MiB on a GPU).
@@ -289,11 +312,10 @@ def linear_kd_loss(
     _check_options(temperature, alpha, reduction, ignore_index, chunk_rows)
     V = head_weight.shape[0]
     is_plain = _is_plain(labels, *tensors.values())
-    if is_plain:
+    if is_plain and labels.device.type == "cpu":
         _check.are_labels(_OP, "labels", labels, V, ignore_index)
-    options = Options(
-        float(temperature), float(alpha), chunk_rows or (default_chunk_rows(V, hidden.device) if is_plain else 1)
-    )
+    rows = chunk_rows or (default_chunk_rows(V, hidden.device) if is_plain else 1)
+    options = Options(float(temperature), float(alpha), rows, ignore_index)
     call = _Call(labels.reshape(-1), reduction, ignore_index, options)
     inputs = _inputs(tensors)
     with _without_autocast(hidden):

@@ -45,7 +45,8 @@ def persample_dot(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> T
 
     Memory: on the CPU a copy of directions if they are not contiguous or not float32 (float64 for float64 inputs), and
         a thread has at most half a megabyte or, from T = 64 on, T (O + 16) numbers. Inputs of any strides are read in
-        place if a position's features are contiguous, else copied.
+        place if a position's features are contiguous, else copied. With Triton a float for each position, direction
+        and part of a direction's rows; a copy of directions in float32 for bfloat16 inputs, and perhaps with TF32.
 
     Example:
         >>> import torch

@@ -17,8 +17,11 @@ from torch import Tensor
 from .persample_tiles import (
     block_for,
     candidates,
+    even,
     extent,
+    for_offsets,
     gradient_tile,
+    in_groups,
     index_type,
     interpreted,
     on_device_of,
@@ -78,19 +81,22 @@ def _persample_grad_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    EVEN_OUTPUTS: tl.constexpr,
+    EVEN_FEATURES: tl.constexpr,
 ):
-    wide = tl.cdiv(features, COLUMNS)
-    tiles = tl.cdiv(outputs, ROWS) * wide
+    wide, high = tl.cdiv(features, COLUMNS), tl.cdiv(outputs, ROWS)
+    tiles = high * wide
     # Programs that run at the same time share their sample, so that its A and B are read from memory once.
     sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    o = (tile // wide * ROWS + tl.arange(0, ROWS)).to(INDEX)
-    i = (tile % wide * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
+    row, column = in_groups(tl.program_id(0) % tiles, high, wide)
+    o = (row * ROWS + tl.arange(0, ROWS)).to(INDEX)
+    i = (column * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
     a = inputs + sample * a_sample
     b = output_grads + sample * b_sample
     gradient = gradient_tile(
         a, b, a, 0, T, T, o, i, outputs, features, a_sample, a_position, a_feature, b_sample, b_position, b_feature, 0,
-        False, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX,
+        False, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX, EVEN_T, EVEN_OUTPUTS, EVEN_FEATURES,
     )  # fmt: skip
     grads += sample * outputs * features
     tl.store(
@@ -137,11 +143,9 @@ def persample_grad(inputs: Tensor, output_grads: Tensor) -> Tensor:
         _of_one_position(inputs, output_grads, grads)
         return grads
     product = product_of(inputs, output_grads)
-    kernel = tuned(
-        _persample_grad_kernel,
-        candidates(outputs, features, T, product),
-        ("T", "features", "outputs", "PRECISION"),
-    )
+    index = index_type(outputs * features, extent(inputs, 0), extent(output_grads, 0))
+    blocks = candidates(outputs, features, T, for_offsets(product, index), N)
+    kernel = tuned(_persample_grad_kernel, blocks, ("T", "features", "outputs", "PRECISION"))
     with on_device_of(inputs):
         kernel[lambda chosen: (N * triton.cdiv(outputs, chosen["ROWS"]) * triton.cdiv(features, chosen["COLUMNS"]),)](
             inputs,
@@ -154,6 +158,9 @@ def persample_grad(inputs: Tensor, output_grads: Tensor) -> Tensor:
             *output_grads.stride(),
             WIDE=product.wide,
             PRECISION=product.precision,
-            INDEX=index_type(outputs * features, extent(inputs, 0), extent(output_grads, 0)),
+            INDEX=index,
+            EVEN_T=even(T),
+            EVEN_OUTPUTS=even(outputs),
+            EVEN_FEATURES=even(features),
         )
     return grads

@@ -3,7 +3,8 @@
 One position: ||a||^2 ||b||^2, read once. Several: either the Gram matrices A A^T and B B^T of a sample's positions, a
 tile of both at a time, multiplied and summed (they are symmetric: tiles below the diagonal count twice, those above are
 not formed); or tiles of G_i itself, squared and summed. The one with fewer operations is taken. A program writes one
-number; a second stage adds those of a sample. No atomics: results repeat bit for bit.
+number; a second stage adds those of a sample. Where one tile holds all of a sample's positions it is loaded once. No
+atomics: results repeat bit for bit.
 
 Floor: N T (I + O) elements read, and N T min(T (I + O), 2 I O) operations, but for the halves of tiles on the diagonal.
 Memory: 4 bytes for each tile of a sample.
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from .persample_tiles import (
     Product,
+    even,
     extent,
+    for_offsets,
     gradient_tile,
     index_type,
     on_device_of,
@@ -27,8 +30,6 @@ from .persample_tiles import (
     square_side,
     tuned,
 )
-
-GRAM_BLOCK = 64  # positions on a side of a tile of the Gram matrices
 
 
 @triton.jit
@@ -79,6 +80,8 @@ def _gram_tile(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN: tl.constexpr,  # divides `size`
+    WHOLE: tl.constexpr,  # the tile is all there is, so that its rows are its columns
 ):
     tile = tl.zeros((BLOCK, BLOCK), tl.float32)
     of_row = x + row.to(INDEX) * position
@@ -87,11 +90,19 @@ def _gram_tile(
         at = start + tl.arange(0, DEPTH)
         there = at < size
         offset = at.to(INDEX) * feature
-        left = tl.load(of_row[:, None] + offset[None, :], mask=(row < T)[:, None] & there[None, :], other=0.0)
-        right = tl.load(of_column[None, :] + offset[:, None], mask=(column < T)[None, :] & there[:, None], other=0.0)
+        left_there, right_there = (row < T)[:, None], (column < T)[None, :]
+        if EVEN % DEPTH != 0:
+            left_there &= there[None, :]
+            right_there &= there[:, None]
+        left = tl.load(of_row[:, None] + offset[None, :], mask=left_there, other=0.0)
         if WIDE:
             left = left.to(tl.float32)
-            right = right.to(tl.float32)
+        if WHOLE:
+            right = left.trans()
+        else:
+            right = tl.load(of_column[None, :] + offset[:, None], mask=right_there, other=0.0)
+            if WIDE:
+                right = right.to(tl.float32)
         tile = tl.dot(left, right, tile, input_precision=PRECISION)
     return tile
 
@@ -117,6 +128,9 @@ def _gram_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN_OUTPUTS: tl.constexpr,
+    EVEN_FEATURES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -129,8 +143,12 @@ def _gram_kernel(
     column = c * ROWS + tl.arange(0, ROWS)
     a = inputs + sample * a_sample
     b = output_grads + sample * b_sample
-    of_a = _gram_tile(a, row, column, T, features, a_position, a_feature, ROWS, DEPTH, WIDE, PRECISION, INDEX)
-    of_b = _gram_tile(b, row, column, T, outputs, b_position, b_feature, ROWS, DEPTH, WIDE, PRECISION, INDEX)
+    of_a = _gram_tile(
+        a, row, column, T, features, a_position, a_feature, ROWS, DEPTH, WIDE, PRECISION, INDEX, EVEN_FEATURES, WHOLE
+    )
+    of_b = _gram_tile(
+        b, row, column, T, outputs, b_position, b_feature, ROWS, DEPTH, WIDE, PRECISION, INDEX, EVEN_OUTPUTS, WHOLE
+    )
     total = tl.sum(tl.sum(of_a * of_b, 1), 0)
     tl.store(partial + sample * tiles + tile, tl.where(r == c, total, 2.0 * total))
 
@@ -156,6 +174,9 @@ def _gradient_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    EVEN_OUTPUTS: tl.constexpr,
+    EVEN_FEATURES: tl.constexpr,
 ):
     wide = tl.cdiv(features, COLUMNS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -166,7 +187,7 @@ def _gradient_kernel(
     b = output_grads + sample * b_sample
     gradient = gradient_tile(
         a, b, a, 0, T, T, o, i, outputs, features, a_sample, a_position, a_feature, b_sample, b_position, b_feature, 0,
-        False, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX,
+        False, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX, EVEN_T, EVEN_OUTPUTS, EVEN_FEATURES,
     )  # fmt: skip
     tl.store(partial + sample * tiles + tile, tl.sum(tl.sum(gradient * gradient, 1), 0))
 
@@ -177,9 +198,9 @@ def gram_tiles(T: int, block: int) -> int:
     return side * (side + 1) // 2
 
 
-def gram_is_cheaper(T: int, features: int, outputs: int) -> bool:
+def gram_is_cheaper(T: int, features: int, outputs: int, block: int = 64) -> bool:
     """Whether Gram matrices take fewer multiplications than the gradient, in tiles as both are formed."""
-    return gram_tiles(T, GRAM_BLOCK) * GRAM_BLOCK**2 * (features + outputs) <= T * features * outputs
+    return gram_tiles(T, block) * block**2 * (features + outputs) <= T * features * outputs
 
 
 def _of_one_position(inputs: Tensor, output_grads: Tensor) -> Tensor:
@@ -229,6 +250,9 @@ def _by_gram(inputs: Tensor, output_grads: Tensor, product: Product) -> Tensor:
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index_type(extent(inputs, 0), extent(output_grads, 0)),
+            EVEN_OUTPUTS=even(outputs),
+            EVEN_FEATURES=even(features),
+            WHOLE=tiles == 1,
         )
     return partial.sum(1)
 
@@ -255,6 +279,9 @@ def _by_gradient(inputs: Tensor, output_grads: Tensor, product: Product) -> Tens
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index_type(extent(inputs, 0), extent(output_grads, 0)),
+            EVEN_T=even(T),
+            EVEN_OUTPUTS=even(outputs),
+            EVEN_FEATURES=even(features),
         )
     return partial.sum(1)
 
@@ -267,7 +294,8 @@ def persample_norm(inputs: Tensor, output_grads: Tensor) -> Tensor:
         return torch.zeros(N, dtype=torch.float32, device=inputs.device)
     if T == 1:
         return _of_one_position(inputs, output_grads)
-    product = product_of(inputs, output_grads)
-    if gram_is_cheaper(T, features, outputs):
+    index = index_type(extent(inputs, 0), extent(output_grads, 0))
+    product = for_offsets(product_of(inputs, output_grads), index)
+    if gram_is_cheaper(T, features, outputs, max(square_side(T, product), 64)):
         return _by_gram(inputs, output_grads, product)
     return _by_gradient(inputs, output_grads, product)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100; more than that for smaller GPUs
+MULTIPROCESSORS = 132  # of an H100; smaller GPUs have fewer
+ENOUGH_PROGRAMS = 2 * MULTIPROCESSORS
 MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
 NARROWEST = 16  # of a side of a product that tensor cores form
+WIDEST = 256
 
 
 class Blocks(NamedTuple):
@@ -33,11 +36,17 @@ class Blocks(NamedTuple):
     registers: int | None = None  # of a thread at most; None: as many as the assembler thinks right
 
 
-# None of these spills on sm_80 and sm_90 (tests/triton_kernels). Where nothing says that elements can be loaded several
-# at a time, each needs an offset and a mask of its own, and tiles are smaller.
-IN_FULL = (Blocks(64, 64, 16, 4, 2, MOST_REGISTERS), Blocks(128, 64, 16, 8, 2, MOST_REGISTERS))
-TF32 = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
-NARROW = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3), Blocks(128, 128, 32, 8, 3))
+# The best guess comes first: it is what runs where nothing may be timed. None of these spills on sm_80 and sm_90
+# (tests/triton_kernels). One step of 128 x 256 x 64 in bfloat16 is 1024 clocks of a Hopper's tensor cores and some 120
+# instructions of each of 8 warps: 240 for each of the four that issue them. A 128 x 128 tile reads a third more from L2
+# for each product, but two of them fit where registers allow, so that one is at work while the other ends.
+IN_FULL = (Blocks(128, 128, 16, 8, 3, MOST_REGISTERS), Blocks(64, 64, 16, 4, 3, MOST_REGISTERS))
+HOPPER_TF32 = (Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 32, 4, 3))
+HOPPER_NARROW = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 3), Blocks(64, 64, 64, 4, 4))
+# The smallest of these GPUs have 99 KB of shared memory for a block.
+TF32 = (Blocks(128, 128, 32, 8, 3, MOST_REGISTERS), Blocks(64, 64, 32, 4, 3))
+NARROW = (Blocks(128, 128, 32, 8, 4), Blocks(64, 64, 32, 4, 4))
+# Where nothing says that elements can be loaded several at a time, each needs an offset and a mask of its own.
 ONE_BY_ONE = (Blocks(32, 32, 32, 4, 2),)
 INTERPRETED = (Blocks(32, 32, 32, 4, 1),)  # a program costs milliseconds, however small
 
@@ -45,6 +54,15 @@ INTERPRETED = (Blocks(32, 32, 32, 4, 1),)  # a program costs milliseconds, howev
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def is_hopper() -> bool:
+    """Whether the GPU has Hopper's matrix units and shared memory; False where there is none."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return False
+    return target.backend == "cuda" and target.arch == 90
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -66,7 +84,11 @@ class Product(NamedTuple):
             return INTERPRETED
         if not self.vectors:
             return ONE_BY_ONE
-        return NARROW if not self.wide else TF32 if self.precision == "tf32" else IN_FULL
+        if self.wide and self.precision != "tf32":
+            return IN_FULL
+        if is_hopper():
+            return HOPPER_TF32 if self.wide else HOPPER_NARROW
+        return TF32 if self.wide else NARROW
 
 
 def product_of(*operands: Tensor) -> Product:
@@ -96,26 +118,40 @@ def index_type(*extents: int) -> Any:
     return tl.int32 if max(extents) < 2**31 - 2**24 else tl.int64  # a block reaches past an end, masked
 
 
-def candidates(rows: int, columns: int, depth: int, product: Product) -> tuple[Blocks, ...]:
-    """Configurations to choose from for tiles of [rows, columns] summed over `depth`, none of them twice."""
+def for_offsets(product: Product, index: Any) -> Product:
+    """The product with blocks whose offsets fit in registers: those of 64 bits take twice as many."""
+    return product if index == tl.int32 else product._replace(vectors=False)
+
+
+def candidates(rows: int, columns: int, depth: int, product: Product, count: int = 1) -> tuple[Blocks, ...]:
+    """Configurations for tiles of `count` matrices [rows, columns] summed over `depth`, none of them twice.
+
+    First come those that have a tile for every multiprocessor.
+    """
     fitting: dict[tuple[int, int, int], Blocks] = {}
     for blocks in product.blocks:
         r, c, d = block_for(rows, blocks.rows), block_for(columns, blocks.columns), block_for(depth, blocks.depth)
         warps = max(min(blocks.warps, max(r * c, r * d, c * d) // 256), 1)
-        fitting.setdefault((r, c, d), Blocks(r, c, d, warps, blocks.stages, blocks.registers))
-    return tuple(fitting.values())
+        if (r, c, d) not in fitting or blocks[:3] == (r, c, d):  # rather one of this size than a larger one cut to it
+            fitting[r, c, d] = Blocks(r, c, d, warps, blocks.stages, blocks.registers)
+
+    def busy(blocks: Blocks) -> int:
+        tiles = triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns)
+        return min(count * tiles, MULTIPROCESSORS)
+
+    return tuple(sorted(fitting.values(), key=busy, reverse=True))
 
 
 def square_candidates(side: int, depth: int, product: Product) -> tuple[Blocks, ...]:
     """The same for tiles of one size, each of which leaves a number in a place of its own."""
     chosen = candidates(side, side, depth, product)
-    square = tuple(blocks for blocks in chosen if blocks.rows == blocks.columns == side)
-    return square
+    return tuple(blocks for blocks in chosen if blocks.rows == blocks.columns == side)
 
 
 def square_side(size: int, product: Product) -> int:
-    """The side of such a tile over `size` rows or columns."""
-    return block_for(size, product.blocks[0].rows)
+    """The side of such a tile over `size` rows or columns: small where ordinary units multiply, from registers."""
+    widest = 64 if product.blocks == IN_FULL else max(blocks.rows for blocks in product.blocks)
+    return block_for(size, widest)
 
 
 def block_for(size: int, widest: int) -> int:
@@ -144,6 +180,26 @@ def parts_for(size: int, programs: int, smallest: int) -> int:
     return max(min(wanted, size // smallest), 1)
 
 
+def even(*sizes: int) -> int:
+    """The largest power of two that divides all the sizes, up to the widest block; 1 if no block is as narrow."""
+    divisor = math.gcd(WIDEST, *sizes)
+    return divisor if divisor >= NARROWEST else 1
+
+
+# Elements of the largest tile of which there is room for two in registers: one of a sample, one of the weighted sum.
+MOST_OF_TWO = tl.constexpr(128 * 128)
+
+
+@triton.jit
+def in_groups(program, rows, columns):
+    """Row and column of a program's tile: some rows at a time, so that programs at work share both operands in L2."""
+    size: tl.constexpr = 8
+    group = program // (size * columns)
+    height = tl.minimum(rows - group * size, size)
+    within = program % (size * columns)
+    return group * size + within % height, within // height
+
+
 @triton.jit
 def gradient_tile(
     inputs,  # [T, I] of a sample, or from a sample's first position on
@@ -153,7 +209,7 @@ def gradient_tile(
     last,
     T,
     o,  # [ROWS], INDEX: the tile's rows in O
-    i,  # [COLUMNS], int64: its columns in I
+    i,  # [COLUMNS], INDEX: its columns in I
     outputs,
     features,
     a_sample,  # strides: of samples, positions and features
@@ -170,29 +226,57 @@ def gradient_tile(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN_T: tl.constexpr,  # divide T, outputs and features
+    EVEN_OUTPUTS: tl.constexpr,
+    EVEN_FEATURES: tl.constexpr,
 ):
     """Sum over positions of w b a^T: [ROWS, COLUMNS] in float32. What lies outside the tensors is 0."""
-    tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_one_sample: tl.constexpr = not WEIGHTED or EVEN_T % DEPTH == 0  # every step's positions are
+    by_sample: tl.constexpr = WEIGHTED and of_one_sample and ROWS * COLUMNS <= MOST_OF_TWO
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    tile = total
     for start in range(first, last, DEPTH):
         at = start + tl.arange(0, DEPTH)
         there = at < last
-        if WEIGHTED:
+        if of_one_sample:
+            sample = start // T * WEIGHTED
+            position = (at - sample * T).to(INDEX)
+            sample = sample.to(INDEX)
+        else:
             sample = at // T
             position = (at - sample * T).to(INDEX)
             sample = sample.to(INDEX)
-            a_row = inputs + (sample * a_sample + position * a_position)
-            b_row = output_grads + (sample * b_sample + position * b_position)
+        a_row = inputs + (sample * a_sample + position * a_position)
+        b_row = output_grads + (sample * b_sample + position * b_position)
+        i_there = (i < features)[None, :]
+        o_there = (o < outputs)[:, None]
+        a_from = a_row[:, None] + i[None, :] * a_feature
+        b_from = b_row[None, :] + o[:, None] * b_feature
+        if EVEN_T % DEPTH == 0 and EVEN_FEATURES % COLUMNS == 0:
+            a = tl.load(a_from)
+        elif EVEN_FEATURES % COLUMNS == 0:
+            a = tl.load(a_from, mask=there[:, None], other=0.0)
         else:
-            a_row = inputs + at.to(INDEX) * a_position
-            b_row = output_grads + at.to(INDEX) * b_position
-        a = tl.load(a_row[:, None] + i[None, :] * a_feature, mask=there[:, None] & (i < features)[None, :], other=0.0)
-        b = tl.load(b_row[None, :] + o[:, None] * b_feature, mask=there[None, :] & (o < outputs)[:, None], other=0.0)
+            a = tl.load(a_from, mask=there[:, None] & i_there, other=0.0)
+        if EVEN_T % DEPTH == 0 and EVEN_OUTPUTS % ROWS == 0:
+            b = tl.load(b_from)
+        elif EVEN_OUTPUTS % ROWS == 0:
+            b = tl.load(b_from, mask=there[None, :], other=0.0)
+        else:
+            b = tl.load(b_from, mask=there[None, :] & o_there, other=0.0)
         if WIDE:
             a = a.to(tl.float32)
-        if WEIGHTED:
+            b = b.to(tl.float32)
+        if WEIGHTED and of_one_sample:
+            w = tl.load(weights + sample * weight_stride).to(tl.float32)
+            if not by_sample:
+                b = (b.to(tl.float32) * w).to(a.dtype)
+        elif WEIGHTED:
             w = tl.load(weights + sample * weight_stride, mask=there, other=0.0).to(tl.float32)
             b = (b.to(tl.float32) * w[None, :]).to(a.dtype)
-        elif WIDE:
-            b = b.to(tl.float32)
         tile = tl.dot(b, a, tile, input_precision=PRECISION)
-    return tile
+        if by_sample:  # noqa: SIM102 (a compile-time and a run-time condition)
+            if (start + DEPTH) % T == 0 or start + DEPTH >= last:
+                total += tile * w
+                tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+    return total if by_sample else tile

@@ -1,11 +1,20 @@
 """weighted_grad in Triton: sum_i w_i sum_t b_it a_it^T, a matrix product over all samples' positions.
 
-A program owns a tile of the result and a part of the positions; b is weighted as it is loaded, so that no weighted copy
-of B exists. Where the tiles alone would leave a GPU idle, the positions are cut into parts, whose sums a second stage
-adds. No atomics: results repeat bit for bit.
+A program owns a tile of the result and a part of the positions. Where T divides into steps, a sample's positions are
+summed first, and the sum is weighted: the matrix units read both operands as they were loaded. It takes the registers
+of two tiles, so the largest tile, and any for other T, has b weighted as it is loaded. No weighted copy of B exists.
+Where the tiles alone would leave a GPU idle, the positions are cut into parts, whose sums a second stage adds. No
+atomics: results repeat bit for bit.
 
-w b is rounded to bfloat16 for bfloat16 tensors, as it is in the gradient of a weighted loss. float16 is widened and
-multiplied in TF32, which has float16's digits: weights such as 1 / N would push gradients out of float16's range.
+Overhead over the plain product, estimated from a Hopper's instructions, not measured: of a sample at a time, some 180
+instructions a warp and a wait for the matrix units, for each T / 64 steps of 512 clocks: a tenth at T = 512, more than
+half at T = 64. Of weights on load, 300 instructions a step of 1024 clocks in place of 100, issued twice by each
+scheduler: hidden only where they overlap with the product. Which is faster is found out by timing both.
+
+w b is rounded to bfloat16 where it is weighted on load, as it is in the gradient of a weighted loss. float16 is widened
+and multiplied in TF32, which has float16's digits: weights such as 1 / N would push gradients out of float16's range.
+TF32's units sum over what lies side by side, which positions do not: elements are loaded one by one, and a Hopper is
+far from its rate.
 
 Floor: 2 N T O I operations; N T (I + O) elements read. Memory: the result, and 4 O I bytes a part where there are
 several.
@@ -21,18 +30,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .persample_tiles import (
+    ENOUGH_PROGRAMS,
+    MOST_OF_TWO,
+    MULTIPROCESSORS,
+    Blocks,
     Product,
     candidates,
+    even,
     extent,
+    for_offsets,
     gradient_tile,
+    in_groups,
     index_type,
     on_device_of,
-    parts_for,
     product_of,
     tuned,
 )
 
 SMALLEST_PART = 512  # positions
+LONG_SAMPLE = 256  # positions, from which to weight whole samples is guessed to be faster
+PART_COST = 700  # 128 KB of traffic at 17 bytes a clock, over the 11 clocks that a position of a 128 x 128 tile takes
 
 
 @triton.jit(do_not_specialize=["parts", "part"])
@@ -60,14 +77,16 @@ def _weighted_grad_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    EVEN_OUTPUTS: tl.constexpr,
+    EVEN_FEATURES: tl.constexpr,
 ):
-    wide = tl.cdiv(features, COLUMNS)
-    tiles = tl.cdiv(outputs, ROWS) * wide
+    wide, high = tl.cdiv(features, COLUMNS), tl.cdiv(outputs, ROWS)
     # Programs that run at the same time share their positions, so that A and B are read from memory once.
-    which = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    o = (tile // wide * ROWS + tl.arange(0, ROWS)).to(INDEX)
-    i = (tile % wide * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
+    which = (tl.program_id(0) // (high * wide)).to(tl.int64)
+    row, column = in_groups(tl.program_id(0) % (high * wide), high, wide)
+    o = (row * ROWS + tl.arange(0, ROWS)).to(INDEX)
+    i = (column * COLUMNS + tl.arange(0, COLUMNS)).to(INDEX)
     # Positions are counted from the part's first sample on: 32 bits hold a part, though perhaps not N T.
     start = which * part
     sample = start // T
@@ -76,7 +95,7 @@ def _weighted_grad_kernel(
     sum_of_part = gradient_tile(
         inputs + sample * a_sample, output_grads + sample * b_sample, weights + sample * weight_stride, first, last, T,
         o, i, outputs, features, a_sample, a_position, a_feature, b_sample, b_position, b_feature, weight_stride,
-        True, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX,
+        True, ROWS, COLUMNS, DEPTH, WIDE, PRECISION, INDEX, EVEN_T, EVEN_OUTPUTS, EVEN_FEATURES,
     )  # fmt: skip
     sums += which * outputs * features
     tl.store(
@@ -92,10 +111,19 @@ class Parts(NamedTuple):
 
 
 def parts_of_positions(positions: int, outputs: int, features: int, elements: int) -> Parts:
-    """Parts enough for a GPU to be busy, and so many that 32 bits hold an offset within one."""
-    tiles = triton.cdiv(outputs, 64) * triton.cdiv(features, 64)
-    wanted = max(parts_for(positions, tiles, SMALLEST_PART), triton.cdiv(elements, 2**30))
-    size = triton.cdiv(triton.cdiv(positions, wanted), 32) * 32
+    """Parts that keep a GPU busy to the end, and so many that 32 bits hold an offset within one.
+
+    A part's tile costs as much as PART_COST positions: it is written, read again and added.
+    """
+    tiles = triton.cdiv(outputs, 128) * triton.cdiv(features, 128)
+
+    def cost(number: int) -> float:
+        rounds = triton.cdiv(tiles * number, MULTIPROCESSORS)
+        return rounds * (positions / number + (PART_COST if number > 1 else 0))
+
+    most = max(min(positions // SMALLEST_PART, ENOUGH_PROGRAMS), 1)
+    wanted = max(min(range(1, most + 1), key=cost), triton.cdiv(elements, 2**30))
+    size = triton.cdiv(triton.cdiv(positions, wanted), 64) * 64
     return Parts(triton.cdiv(positions, size), size)
 
 
@@ -107,6 +135,15 @@ def product_of_weighted(inputs: Tensor, output_grads: Tensor) -> Product:
         if inputs.dtype == output_grads.dtype == torch.float16
         else product
     )
+
+
+def sample_by_sample_first(blocks: tuple[Blocks, ...], T: int) -> tuple[Blocks, ...]:
+    """The blocks with those first that weight sums of whole samples, if that happens rarely enough."""
+
+    def comes_later(b: Blocks) -> bool:
+        return T < LONG_SAMPLE or even(T) % b.depth != 0 or b.rows * b.columns > MOST_OF_TWO.value
+
+    return tuple(sorted(blocks, key=comes_later))
 
 
 def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:
@@ -121,10 +158,10 @@ def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tens
     dtype = inputs.dtype if parts.number == 1 else torch.float32
     sums = torch.empty((parts.number, outputs, features), dtype=dtype, device=inputs.device)
     product = product_of_weighted(inputs, output_grads)
-    blocks = candidates(outputs, features, parts.positions, product)
-    kernel = tuned(_weighted_grad_kernel, blocks, ("features", "outputs", "PRECISION"))
     samples_of_part = min(N, triton.cdiv(parts.positions, T) + 1)
-    extents = [extent(x, samples_of_part) for x in (inputs, output_grads, weights)]
+    index = index_type(outputs * features, *[extent(x, samples_of_part) for x in (inputs, output_grads, weights)])
+    blocks = candidates(outputs, features, parts.positions, for_offsets(product, index), parts.number)
+    kernel = tuned(_weighted_grad_kernel, sample_by_sample_first(blocks, T), ("features", "outputs", "PRECISION"))
     with on_device_of(inputs):
         kernel[
             lambda chosen: (
@@ -145,6 +182,9 @@ def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tens
             weights.stride(0),
             WIDE=product.wide,
             PRECISION=product.precision,
-            INDEX=index_type(outputs * features, *extents),
+            INDEX=index,
+            EVEN_T=even(T),
+            EVEN_OUTPUTS=even(outputs),
+            EVEN_FEATURES=even(features),
         )
     return sums[0] if parts.number == 1 else sums.sum(0).to(inputs.dtype)

@@ -1,5 +1,6 @@
 """linear_kd_loss in eager code: against its definition, in all its options; what it keeps in memory."""
 
+import importlib
 import math
 
 import pytest
@@ -22,6 +23,7 @@ from tests.ops.linear_kd_loss_cases import (
     relative_error,
 )
 
+linear_kd_loss_module = importlib.import_module("kdaif_fast.ops.linear_kd_loss")  # the name is the function's
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 
 
@@ -223,6 +225,15 @@ class TestAutograd:
 GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
+def as_on_a_gpu(monkeypatch):
+    """Products of low precision have float32 results, and nothing asks which rows are ignored."""
+    monkeypatch.setattr(linear_kd_loss_module, "chooses_rows", lambda labels: False)
+    monkeypatch.setattr(
+        _linear_chunks, "multiplies_low_precision", lambda x, head: x.dtype == head.dtype and x.itemsize == 2
+    )
+    monkeypatch.setattr(_linear_chunks, "wide_product", lambda a, b, out=None: torch.mm(a.float(), b.float(), out=out))
+
+
 class TestLowPrecision:
     @pytest.mark.parametrize("dtype", GRADIENT_ERROR)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -251,6 +262,53 @@ class TestLowPrecision:
             assert relative_error(g, exact_g) < (GRADIENT_ERROR[dtype] if x.dtype == dtype else 1e-5) * (
                 2 if units else 1
             )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("teacher_head", [True, False])
+    @pytest.mark.parametrize("parts", [True, False])
+    def test_as_on_a_gpu(self, dtype, teacher_head, parts, monkeypatch):
+        """Ignored rows stay, as zeros, and the gradient takes the logits' place, whatever those rows hold."""
+        as_on_a_gpu(monkeypatch)
+        monkeypatch.setattr(_linear_chunks, "_WIDENED", 64 if parts else 1 << 20)
+        x = problem(N=50, D=20, V=300, E=10, dtype=dtype, bias=False, teacher_head=teacher_head, ignored=(0, 7, 49))
+        x["weight"].abs_()
+        exact, exact_wanted = leaves(double(x), "hidden", "head_weight", "weight")
+        right = expected(**exact)
+        for name in ("hidden", "teacher", "weight"):
+            x[name][[0, 7, 49]] = torch.nan
+        arguments, wanted = leaves(x, "hidden", "head_weight", "weight")
+        loss = ours(chunk_rows=16, **arguments)
+        assert relative_error(loss, right) < 1e-5
+        exact_gradients = torch.autograd.grad(right, exact_wanted, torch.tensor(0.5).double())
+        gradients = torch.autograd.grad(loss, wanted, torch.tensor(0.5))
+        for g, y, exact_g in zip(gradients, wanted, exact_gradients, strict=True):
+            assert g.dtype == y.dtype
+            assert relative_error(g, exact_g) < (2 * GRADIENT_ERROR[dtype] if y.dtype == dtype else 1e-5)
+
+    @pytest.mark.parametrize("reduction", ["none", "sum"])
+    def test_in_full_as_on_a_gpu(self, reduction, monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        x = problem()
+        arguments, wanted = leaves(x)
+        exact, exact_wanted = leaves(x)
+        loss, right = ours(reduction, chunk_rows=3, **arguments), expected(reduction, **exact)
+        torch.testing.assert_close(loss, right, **CLOSE)
+        upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        for g, e in zip(
+            torch.autograd.grad(loss, wanted, upstream),
+            torch.autograd.grad(right, exact_wanted, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(g, e, **CLOSE)
+
+    def test_nothing_is_looked_at_on_a_gpu(self, monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        monkeypatch.setattr(torch.Tensor, "nonzero", lambda *a: pytest.fail("waits for a GPU"))
+        x = problem()
+        options = _linear_chunks.Options(T, ALPHA, 3, IGNORED)
+        call = linear_kd_loss_module._Call(x["labels"], "mean", IGNORED, options)
+        rows = linear_kd_loss_module._Rows(linear_kd_loss_module._Inputs(*[x[name] for name in DIFFERENTIABLE]), call)
+        torch.testing.assert_close(rows.reduced(rows.run(None)), expected(**problem()), **CLOSE)
 
     @pytest.mark.parametrize("units", [False, True])
     def test_loss_scaling_reaches_small_gradients(self, units, monkeypatch):

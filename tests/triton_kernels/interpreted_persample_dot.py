@@ -5,7 +5,7 @@ import torch
 
 import kdaif_fast
 from kdaif_fast.triton_kernels import persample_tiles
-from kdaif_fast.triton_kernels.persample_dot import parts_of_direction, persample_dot
+from kdaif_fast.triton_kernels.persample_dot import parts_of_direction, persample_dot, sums_over_outputs
 from tests.triton_kernels.persample_cases import (
     DTYPES,
     SHAPES,
@@ -44,6 +44,21 @@ def test_dtypes_may_differ():
     a, b = inputs((4, 3, 20), 18, torch.bfloat16)
     v = directions(2, 18, 20, torch.float32)
     assert_close(persample_dot(a, b.half(), v), expected("persample_dot", a, b.half(), v))
+
+
+def test_wide_directions_of_bfloat16():
+    """As the sum of two: nearly all of float32's digits, where one would have 8 of 24."""
+    a, b = inputs((4, 3, 20), 18, torch.bfloat16)
+    v = directions(2, 18, 20, torch.float32)
+    assert_close(persample_dot(a, b, v), expected("persample_dot", a, b, v), 2**-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_outputs_than_features(dtype):
+    a, b = inputs((3, 5, 20), 70, dtype)
+    v = directions(2, 70, 20, dtype)
+    assert sums_over_outputs(20, 70)
+    assert_close(persample_dot(a, b, v), expected("persample_dot", a, b, v))
 
 
 def test_strides_and_broadcasts():

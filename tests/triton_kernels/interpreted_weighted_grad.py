@@ -40,6 +40,18 @@ def test_positions_in_parts(dtype, shape):
     assert_close(weighted_grad(a, b, w), expected("weighted_grad", a, b, w), rounding_of(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_samples(dtype):
+    """T divides into steps: sums of samples are weighted, in parts that begin and end within one too."""
+    for shape in ((9, 96, 33), (4, 384, 10)):
+        a, b = inputs(shape, 9, dtype)
+        w = weights(shape[0])
+        assert_close(weighted_grad(a, b, w), expected("weighted_grad", a, b, w), rounding_of(dtype))
+    parts = parts_of_positions(4 * 384, 9, 10, a.numel())
+    assert parts.number == 3
+    assert parts.positions % 384
+
+
 def test_small_weights_of_float16():
     """w b leaves float16's range; the sum does not."""
     a, b = inputs((6, 2, 20), 18, torch.float16)

@@ -7,25 +7,30 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from kdaif_fast.triton_kernels.persample_dot import parts_of_direction
+from kdaif_fast.triton_kernels import persample_tiles
+from kdaif_fast.triton_kernels.persample_dot import parts_of_direction, sums_over_outputs
 from kdaif_fast.triton_kernels.persample_grad import outer_product_blocks
 from kdaif_fast.triton_kernels.persample_norm import gram_is_cheaper, gram_tiles
 from kdaif_fast.triton_kernels.persample_tiles import (
     ENOUGH_PROGRAMS,
+    HOPPER_NARROW,
+    HOPPER_TF32,
     IN_FULL,
     NARROW,
     ONE_BY_ONE,
     TF32,
     Product,
     candidates,
+    even,
     extent,
+    for_offsets,
     index_type,
     parts_for,
     product_of,
     square_candidates,
     square_side,
 )
-from kdaif_fast.triton_kernels.weighted_grad import parts_of_positions, product_of_weighted
+from kdaif_fast.triton_kernels.weighted_grad import parts_of_positions, product_of_weighted, sample_by_sample_first
 
 PRODUCTS = (Product(True, "ieee"), Product(True, "tf32"), Product(False, "ieee"), Product(True, "ieee", False))
 
@@ -82,6 +87,41 @@ def test_candidates(product):
         assert all(blocks.rows == blocks.columns == side for blocks in squares)
 
 
+def test_a_hopper_has_candidates_of_its_own(monkeypatch):
+    monkeypatch.setattr(persample_tiles, "is_hopper", lambda: True)
+    assert Product(False, "ieee").blocks == HOPPER_NARROW
+    assert Product(True, "tf32").blocks == HOPPER_TF32
+    assert Product(True, "ieee").blocks == IN_FULL
+    assert for_offsets(Product(False, "ieee"), tl.int64).blocks == ONE_BY_ONE
+    assert for_offsets(Product(False, "ieee"), tl.int32).blocks == HOPPER_NARROW
+
+
+def test_the_first_candidate_keeps_every_multiprocessor_busy(monkeypatch):
+    monkeypatch.setattr(persample_tiles, "is_hopper", lambda: True)
+    product = Product(False, "ieee")
+    assert candidates(32768, 3072, 768, product)[0][:3] == (128, 256, 64)
+    assert candidates(512, 512, 768, product)[0][:3] == (64, 64, 64)
+    assert candidates(512, 512, 768, product, count=32)[0][:3] == (128, 256, 64)
+
+
+def test_samples_as_wholes_come_first_where_steps_are_of_one(monkeypatch):
+    monkeypatch.setattr(persample_tiles, "is_hopper", lambda: True)
+    blocks = candidates(4096, 4096, 4096, Product(False, "ieee"))
+    assert [b.columns for b in sample_by_sample_first(blocks, 512)] == [128, 64, 256]
+    assert sample_by_sample_first(blocks, 197) == sample_by_sample_first(blocks, 64) == blocks
+
+
+def test_even():
+    assert [even(n) for n in (1, 8, 16, 48, 784, 768, 4096)] == [1, 1, 16, 16, 16, 256, 256]
+    assert even(768, 384) == 128
+
+
+def test_the_longer_side_of_a_direction_is_summed_over_first():
+    assert not sums_over_outputs(768, 768)
+    assert sums_over_outputs(768, 3072)
+    assert not sums_over_outputs(3072, 768)
+
+
 def test_parts_cover_a_direction():
     for positions, features, outputs, K in ((1, 1, 1, 1), (256, 784, 512, 1), (64, 4096, 10, 1), (10**6, 300, 300, 8)):
         parts = parts_of_direction(positions, features, outputs, K)
@@ -96,9 +136,9 @@ def test_parts_cover_positions():
     for positions, outputs, features in ((1, 1, 1), (1000, 10, 10), (10**5, 64, 64), (10**6, 4096, 4096)):
         parts = parts_of_positions(positions, outputs, features, positions * max(outputs, features))
         assert (parts.number - 1) * parts.positions < positions <= parts.number * parts.positions
-        assert parts.positions % 32 == 0
+        assert parts.positions % 64 == 0  # a step of 64 positions of one sample does not become one of two
     huge = parts_of_positions(10**6, 4096, 4096, 2**33)
-    assert huge.number == 8
+    assert huge.number >= 8
     assert huge.positions * 2**33 // 10**6 < 2**31
 
 

@@ -21,3 +21,8 @@ def test_compiles_without_spilling(capability, tmp_path):
     on_tensor_cores = "mma.sync" if capability == 80 else "wgmma"
     assert any(on_tensor_cores in line for line in compiled if "bfloat16" in line)
     assert not any("mma" in line for line in compiled if "float32" in line and "ieee" in line)
+    if capability == 90:  # the main loop has nothing in it but the product, and copies for the next ones
+        fed = [line for line in compiled if "bfloat16" in line and "EVEN_T': 64" in line and "COLUMNS': 128" in line]
+        assert fed
+        for line in fed:
+            assert all(way in line for way in ("both-from-shared", "asynchronous", "loaded-ahead")), line

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100; more than that for smaller GPUs
 MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
 NARROWEST = 16  # of a side of a product that tensor cores form
@@ -125,7 +127,7 @@ def block_for(size: int, widest: int) -> int:
 
 @functools.cache
 def tuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
-    """The kernel in the fastest of its configurations, found out once for each dtype and value of the keys."""
+    """The kernel in the fastest of its configurations, found out once for each dtype and size of the keys."""
     configurations = [
         triton.Config(
             {"ROWS": b.rows, "COLUMNS": b.columns, "DEPTH": b.depth},
@@ -135,7 +137,7 @@ def tuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
         )
         for b in blocks
     ]
-    return triton.autotune(configurations, key=list(key))(kernel)
+    return tuning.tuned(kernel, configurations, key)
 
 
 def parts_for(size: int, programs: int, smallest: int) -> int:

@@ -1,0 +1,28 @@
+"""Tests on a GPU. Without one they are rehearsed on the CPU, so that what is wrong with a test itself is found."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses deterministic mode
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """No TF32: results are compared with float64."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+@pytest.fixture
+def gpu(device):
+    """For what a CPU does not have."""
+    if device.type != "cuda":
+        pytest.skip("there is no GPU")
+    return device

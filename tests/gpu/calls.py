@@ -215,6 +215,8 @@ KERNELS = (
     *("kd_loss", "kd_loss gradient", "row_hvp", "row_stats", "persample_dot", "persample_grad", "persample_norm"),
     *("persample_norm, one position", "persample_grad, one position", "weighted_grad", "cg_update", "cg_dots"),
 )
+# Of these, compiled CUDA C++ has: what it has not, another backend answers wherever "cuda" is asked for.
+COMPILED = ("kd_loss", "kd_loss gradient", "row_hvp", "row_stats", "persample_dot")
 
 
 def on(device, tensors):

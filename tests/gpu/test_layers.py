@@ -39,7 +39,7 @@ def run(op, *tensors):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, op, dtype, device, poisoned_memory):
-    shapes = (*SHAPES, *WIDE)
+    shapes = (*SHAPES, *WIDE) if device.type == "cuda" else SHAPES
     if backend == "triton":  # compiled anew for each kind of strides
         shapes = shapes[::3] if dtype == torch.float16 else shapes[1::2]
     for shape, outputs in shapes:

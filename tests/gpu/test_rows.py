@@ -100,7 +100,7 @@ def test_widths_in_triton(backend, V, device, poisoned_memory):
         assert wrong(arguments("KL", ALL["plain, T = 2"], N=3, V=V, dtype=torch.bfloat16), device, V) == []
 
 
-@pytest.mark.parametrize("N", [0, 1, 70_000])
+@pytest.mark.parametrize("N", [0, 1, 70_000 if HERE == "cuda" else 700])
 @pytest.mark.parametrize("backend", backends_of(HERE))
 def test_numbers_of_rows(backend, N, device, poisoned_memory):
     """More rows than a grid's second axis could have."""

@@ -21,6 +21,13 @@ def add_over_ranks(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def add_number_over_ranks(number: float, group: Group, device: torch.device) -> float:
+    """The sum of one number of every rank, which is waited for; the number itself without a group, at once."""
+    if group is None:
+        return number
+    return float(add_over_ranks(torch.tensor(float(number), dtype=torch.float64, device=device), group))
+
+
 def gather_over_ranks(value: Any, group: Group) -> list[Any]:
     """What every rank of the group has, any object that can be pickled; [value] without a group."""
     if group is None:
@@ -51,15 +58,14 @@ def together(group: Group, device: torch.device) -> Iterator[None]:
         failed = False
     finally:
         if group is not None:
-            failures = add_over_ranks(torch.tensor(float(failed), device=device), group)
+            failures = add_number_over_ranks(failed, group, device)
             if failures and not failed:
                 raise RuntimeError(f"{int(failures)} other rank(s) of the group failed, and say there for what reason")
 
 
 def agree(flag: bool, group: Group, device: torch.device) -> bool:
     """Whether it is so on every rank."""
-    missing = add_over_ranks(torch.tensor(0.0 if flag else 1.0, device=device), group)
-    return float(missing) == 0
+    return add_number_over_ranks(not flag, group, device) == 0
 
 
 def _process_group(group: Any) -> Any:

@@ -190,8 +190,10 @@ def transparent(model: nn.Module) -> Iterator[None]:
     """Within it, recurrent and compiled layers run as the small steps that they are made of, not as one kernel."""
     with _SWITCHES, contextlib.ExitStack() as stack:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            # Not torch.backends.mkldnn.flags, which warns about settings that it touches on the way.
+            # Not torch.backends.cudnn.flags and mkldnn.flags, which touch precisions on the way: they warn, and raise
+            # where a precision was set for convolutions alone.
+            stack.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
+            torch._C._set_cudnn_enabled(False)
             stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
             torch._C._set_mkldnn_enabled(False)
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled

@@ -19,6 +19,18 @@ def test_kernel_choices_are_put_back():
     assert switches() == before
 
 
+def test_a_precision_of_convolutions_alone():
+    """torch's own switch for cuDNN would raise, and set it to something else meanwhile."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with _model.twice_differentiable(Recurrent()):
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_threads_do_not_put_back_each_others_switches():
     def work():
         for _ in range(30):

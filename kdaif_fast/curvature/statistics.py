@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._data import Batches
 from .._distributed import Group as Ranks
-from .._distributed import add_over_ranks, gather_over_ranks, rank_in, together
+from .._distributed import add_number_over_ranks, add_over_ranks, gather_over_ranks, rank_in, together
 from .._model import Loss
 from ..per_sample.groups import Group, visit_groups
 from ..per_sample.groups import blocks as sample_blocks
@@ -162,8 +162,7 @@ class Statistics:
 
     def _reduce(self, blocks: Blocks) -> None:
         """Add up over ranks, and make means of squares of the sums."""
-        total = add_over_ranks(torch.tensor(self.samples, device=self._like.device), self._ranks)
-        self.samples = int(total)
+        self.samples = int(add_number_over_ranks(self.samples, self._ranks, self._like.device))
         if not self.samples:
             raise ValueError(f"{self._batches.name} is empty on every rank")
         finite = []

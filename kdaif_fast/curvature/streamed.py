@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._data import Batches
-from .._distributed import Group, add_over_ranks, together
+from .._distributed import Group, add_number_over_ranks, add_over_ranks, together
 from .._model import Loss, Params, plain_model, select_parameters
 from .._objective import Objective
 from ..batched import KeptBackward
@@ -76,7 +76,7 @@ class StreamedCurvature(CurvatureOperator):
             if self._batches.is_one:  # what is wrong with it shall be said here
                 self._go_through()
         # Ranks have data of different kinds, but have to agree on when they talk.
-        self._all_keep = not add_over_ranks(torch.tensor(float(not self._keep), device=self.device), group)
+        self._all_keep = not add_number_over_ranks(not self._keep, group, self.device)
 
     def _read(self, data: Any) -> Batches:
         return Batches(data, "data", self.device, may_be_empty=self._group is not None)
@@ -120,7 +120,8 @@ class StreamedCurvature(CurvatureOperator):
     def _count(self) -> int:
         """N, once every rank has gone through its data."""
         if self._samples is None:
-            total = add_over_ranks(torch.tensor(self._own, device=self.device), self._group)
+            assert self._own is not None
+            total = add_number_over_ranks(self._own, self._group, self.device)
             if not total:
                 raise ValueError(f"{self._batches.name} is empty on every rank")
             self._samples = int(total)

@@ -75,12 +75,14 @@ class WeightBook:
         now = torch.where(seen, self._combine(indices, measured), measured)
         averaged = torch.where(seen, self.ema * self._weights[indices] + (1 - self.ema) * now, now)
         usable = (measured >= 0) & measured.isfinite()
-        for values, new in ((self._measured, measured), (self._combined, now), (self._weights, averaged)):
-            values[indices] = torch.where(usable, new, values[indices])
-        self._seen[indices] = seen | usable
-        self._touched[indices] |= usable
         found = torch.where(usable, averaged, measured)
-        return found * self._factor if self.normalize else found
+        found = found * self._factor if self.normalize else found
+        changes = [(self._seen, seen | usable), (self._touched, self._touched[indices] | usable)]
+        for values, new in ((self._measured, measured), (self._combined, now), (self._weights, averaged)):
+            changes.append((values, torch.where(usable, new, values[indices])))
+        for values, new in changes:  # once all of it is there: memory may run out before, not in between
+            values[indices] = new
+        return found
 
     def forget(self, indices: Tensor) -> None:
         """Put weight 1 in for these samples, as if they had never been measured."""

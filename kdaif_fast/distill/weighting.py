@@ -239,7 +239,19 @@ class InfluenceWeighting:
         return True
 
     def refresh(self) -> None:
-        """Measure now: solve for the direction, and, unless refresh is "step", phi and the weights of all samples."""
+        """Measure now: solve for the direction, and, unless refresh is "step", phi and the weights of all samples.
+
+        What fails (memory that runs out, losses that are not finite) leaves everything as it was.
+        """
+        drawn, before = self._generator.get_state(), (self._direction, self._reference)
+        try:
+            self._refresh()
+        except BaseException:
+            self._generator.set_state(drawn)
+            self._direction, self._reference = before
+            raise
+
+    def _refresh(self) -> None:
         self._has_started = True
         start = time.perf_counter()
         is_step = self.refresh_schedule == "step"
@@ -445,9 +457,11 @@ class InfluenceWeighting:
             # Where phi is not finite, it is a loss that is to be told of.
             require_usable(weights.where(phi.isfinite(), 1.0), where)
         phi = phi.detach().to(self._phi)
-        self._phi[where] = torch.where(phi.isfinite(), phi, self._phi[where])
+        phi = torch.where(phi.isfinite(), phi, self._phi[where])
+        weights = self._book.record(where, weights)
+        self._phi[where] = phi
         self._has_new_phi = True
-        return self._book.record(where, weights)
+        return weights
 
     @torch.no_grad()
     def _rows(self, batch: Batch) -> RowStats:

@@ -120,8 +120,13 @@ class RowCall:
         if not any(isinstance(x, Tensor) for x in settings):
             return None, [*map(float, settings), *self.others]
         N, dtype = student.shape[0], accumulation_dtype(student)
-        columns = [torch.as_tensor(x, dtype=dtype, device=student.device).expand(N) for x in settings]
+        columns = [_on_device(x, dtype, student.device).expand(N) for x in settings]
         return torch.stack(columns), [1.0] * len(settings) + self.others
+
+
+def _on_device(x: PerRow, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The setting as a tensor. A number is filled in there: a copy from the CPU would wait for the GPU."""
+    return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def _count_kept(labels: Tensor, ignore_index: int) -> int:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 MULTIPROCESSORS = 132  # of an H100; smaller GPUs have fewer
 ENOUGH_PROGRAMS = 2 * MULTIPROCESSORS
 MOST_REGISTERS = 255  # where the assembler left to itself would spill a little to have more threads at once
@@ -161,7 +163,7 @@ def block_for(size: int, widest: int) -> int:
 
 @functools.cache
 def tuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
-    """The kernel in the fastest of its configurations, found out once for each dtype and value of the keys."""
+    """The kernel in the fastest of its configurations, found out once for each dtype and size of the keys."""
     configurations = [
         triton.Config(
             {"ROWS": b.rows, "COLUMNS": b.columns, "DEPTH": b.depth},
@@ -171,7 +173,7 @@ def tuned(kernel: Any, blocks: tuple[Blocks, ...], key: tuple[str, ...]) -> Any:
         )
         for b in blocks
     ]
-    return triton.autotune(configurations, key=list(key))(kernel)
+    return tuning.tuned(kernel, configurations, key)
 
 
 def parts_for(size: int, programs: int, smallest: int) -> int:

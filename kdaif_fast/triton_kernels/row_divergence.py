@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .row_divergence_kernels import row_divergence_hvp_kernel, row_divergence_kernel
 from .row_divergence_terms import DECOUPLED, KL, LOGITS, Options
+from .tuning import tuned
 
 MOST_TANGENTS = 4  # of a program
 # Wider blocks need more registers than there are: no configuration used here spills (tests/triton_kernels).
@@ -67,7 +68,7 @@ def _tuned(kernel: Any, V: int, rows_of_tile: int, limit: int | None) -> Any:
         triton.Config({"BLOCK": block, "ONE_BLOCK": block >= V}, num_warps=warps, maxnreg=limit)
         for block, warps in candidates(V, rows_of_tile)
     ]
-    return triton.autotune(configurations, key=["V", "o"])(kernel)
+    return tuned(kernel, configurations, ("V", "o"))
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,148 @@
+"""Compiles Triton kernels for a GPU that is not here: run by test_compiled.py and tests/registers, on its own.
+
+    python -m tests.triton_kernels.compiling COMPUTE_CAPABILITY few|quick|thorough OP...
+
+It calls the launchers with tensors that have no memory; each launch compiles its kernel instead, in every configuration
+to choose from. What came out is printed, a line of JSON for each binary.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+OPS = ("row_divergence", "row_stats", "persample_dot", "persample_grad", "persample_norm", "weighted_grad", "cg_update")
+INSTRUCTIONS = r"\b(?:LDL|STL|RED|REDG|ATOM|ATOMG|ATOMS|LDGSTS|LDG|STG|HMMA|HGMMA|IMMA)\b[A-Z0-9.]*"
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class _Driver:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def disassembler():
+    """nvdisasm, of the toolkit or of Triton's package."""
+    import triton
+
+    inside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return shutil.which("nvdisasm") or (str(inside) if inside.exists() else None)
+
+
+def instructions_of(cubin):
+    """The memory and matrix instructions of a binary, and how often each is there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [disassembler(), "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(INSTRUCTIONS, sass)
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def block_of(function, args, named):
+    """What decides how many registers a kernel needs, for a person to read: sizes of tiles, precision, warps, stages."""
+    given = dict(zip(function.arg_names, args, strict=False)) | named
+    constants = [p.name for p in function.params if p.is_constexpr and p.name != "TOP_K_WIDTH"]
+    sizes = [f"{name}={given[name]}" for name in constants if type(given.get(name)) in (int, str)]
+    launch = [f"{name[4:]}={given[name]}" for name in ("num_warps", "num_stages") if name in given]
+    return " ".join([*sizes, *launch])
+
+
+class Compiler:
+    """Stands in for a GPU: what is launched is compiled."""
+
+    def __init__(self, capability, out):
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+        from triton.runtime.autotuner import Autotuner
+        from triton.runtime.jit import JITFunction
+
+        driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
+        self.out, self.run = out, JITFunction.run
+        JITFunction.run = lambda function, *args, **named: self._compile(function, *args, **named)
+        for tuner in (Autotuner, *self._own_tuners()):
+            tuner.__getitem__ = lambda tuned, grid: functools.partial(self._compile_all, tuned, grid)
+
+    @staticmethod
+    def _own_tuners():
+        with contextlib.suppress(ImportError):
+            from kdaif_fast.triton_kernels.tuning import Tuned
+
+            yield Tuned
+
+    def _compile_all(self, tuned, grid, *args, **named):
+        for configuration in tuned.configs:
+            tuned.fn[grid](*args, **named, **configuration.all_kwargs())
+
+    def _compile(self, function, *args, grid, warmup, **named):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = self.run(function, *args, grid=grid, warmup=True, **named)
+        if not log.getvalue():
+            return  # compiled before
+        tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
+        report = {
+            "kernel": function.__name__,
+            "dtype": NAMES[next(x.dtype for x in tensors if x.is_floating_point())],
+            "block": block_of(function, args, named),
+            "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log.getvalue()))),
+            "shared": kernel.metadata.shared,
+            "loads": kernel.asm["ttir"].count("tt.load"),
+            "instructions": instructions_of(kernel.asm["cubin"]),
+        }
+        print(json.dumps(report), file=self.out, flush=True)
+
+
+@functools.cache
+def compiled(capability, amount, *ops):
+    """What a process of its own compiled: a dictionary for each binary, as above."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "TRITON_ALWAYS_COMPILE": "1",
+            "TRITON_DUMP_PTXAS_LOG": "1",
+            "TRITON_CACHE_DIR": folder,
+        }
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-m", "tests.triton_kernels.compiling", str(capability), amount, *ops]
+        result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def main():
+    from tests.triton_kernels.launches import launches
+
+    capability, amount, *ops = sys.argv[1:]
+    Compiler(int(capability), sys.stdout)
+    for op in ops:
+        for launch in launches(op, amount):
+            launch()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -70,45 +71,92 @@ def block_of(function, args, named):
     return " ".join([*sizes, *launch])
 
 
+def dtype_of(args, named):
+    """The name of the first tensor's dtype, not counting integers."""
+    tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
+    return NAMES[next(x.dtype for x in tensors if x.is_floating_point())]
+
+
+def tuners():
+    """Classes of objects that choose among a kernel's configurations."""
+    from triton.runtime.autotuner import Autotuner
+
+    yield Autotuner
+    with contextlib.suppress(ImportError):
+        from kdaif_fast.triton_kernels.tuning import Tuned
+
+        yield Tuned
+
+
+@contextlib.contextmanager
+def launching(instead):
+    """Every launch calls instead(function, args, grid, named), once for each configuration to choose from."""
+    from triton.runtime.jit import JITFunction
+
+    def launch_all(tuned, grid):
+        def launch(*args, **named):
+            for configuration in tuned.configs:
+                tuned.fn[grid](*args, **named, **configuration.all_kwargs())
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for tuner in tuners():
+            patch.setattr(tuner, "__getitem__", launch_all)
+        patch.setattr(
+            JITFunction, "run", lambda function, *args, grid, warmup, **named: instead(function, args, grid, named)
+        )
+        yield
+
+
+def recorded(amount, *ops):
+    """(kernel, dtype, block) of every launch."""
+    from tests.triton_kernels.launches import launches
+
+    seen = set()
+
+    def note(function, args, grid, named):
+        seen.add((function.__name__, dtype_of(args, named), block_of(function, args, named)))
+
+    with launching(note):
+        for op in ops:
+            for launch in launches(op, amount):
+                launch()
+    return seen
+
+
 class Compiler:
-    """Stands in for a GPU: what is launched is compiled."""
+    """Compiles what is launched, once for each set of sizes that may give another binary worth looking at."""
 
     def __init__(self, capability, out):
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
-        from triton.runtime.autotuner import Autotuner
         from triton.runtime.jit import JITFunction
 
         driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
-        self.out, self.run = out, JITFunction.run
-        JITFunction.run = lambda function, *args, **named: self._compile(function, *args, **named)
-        for tuner in (Autotuner, *self._own_tuners()):
-            tuner.__getitem__ = lambda tuned, grid: functools.partial(self._compile_all, tuned, grid)
+        self.out, self.run, self.seen = out, JITFunction.run, set()
 
-    @staticmethod
-    def _own_tuners():
-        with contextlib.suppress(ImportError):
-            from kdaif_fast.triton_kernels.tuning import Tuned
-
-            yield Tuned
-
-    def _compile_all(self, tuned, grid, *args, **named):
-        for configuration in tuned.configs:
-            tuned.fn[grid](*args, **named, **configuration.all_kwargs())
-
-    def _compile(self, function, *args, grid, warmup, **named):
+    def compile(self, function, args, grid, named):
+        dtype, block = dtype_of(args, named), block_of(function, args, named)
+        given = dict(zip(function.arg_names, args, strict=False)) | named
+        constants = [given[p.name] for p in function.params if p.is_constexpr and p.name in given]
+        aligned = all(x == 1 or x % 16 == 0 for x in given.values() if type(x) is int and x > 0)
+        key = (function.__name__, dtype, block, str(constants), aligned)
+        if key in self.seen:
+            return
+        self.seen.add(key)
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = self.run(function, *args, grid=grid, warmup=True, **named)
-        if not log.getvalue():
+        ptxas = log.getvalue()
+        if not ptxas:
             return  # compiled before
-        tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
         report = {
             "kernel": function.__name__,
-            "dtype": NAMES[next(x.dtype for x in tensors if x.is_floating_point())],
-            "block": block_of(function, args, named),
-            "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
-            "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log.getvalue()))),
+            "dtype": dtype,
+            "block": block,
+            "registers": int(re.search(r"Used (\d+) registers", ptxas)[1]),
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", ptxas))),
             "shared": kernel.metadata.shared,
             "loads": kernel.asm["ttir"].count("tt.load"),
             "instructions": instructions_of(kernel.asm["cubin"]),
@@ -138,10 +186,11 @@ def main():
     from tests.triton_kernels.launches import launches
 
     capability, amount, *ops = sys.argv[1:]
-    Compiler(int(capability), sys.stdout)
-    for op in ops:
-        for launch in launches(op, amount):
-            launch()
+    compiler = Compiler(int(capability), sys.stdout)
+    with launching(compiler.compile):
+        for op in ops:
+            for launch in launches(op, amount):
+                launch()
 
 
 if __name__ == "__main__":

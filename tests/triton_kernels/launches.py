@@ -5,6 +5,7 @@ Tensors have no memory (device "meta"): only shapes, strides and dtypes count.
 
 import importlib
 import itertools
+import random
 from functools import partial
 
 import torch
@@ -18,14 +19,16 @@ empty = partial(torch.empty, device="meta")
 LAYERS = (((300, 1, 784), 512), ((4, 256, 768), 768), ((4, 67, 1001), 999), ((4, 7, 16), 48))
 # persample_norm takes the other way where there are many positions or few features.
 MORE_OF_NORM = (((4, 1024, 64), 64), ((4, 1001, 65), 63))
-SIDES = (1, 20, 40, 80, 4096)  # one for each width of a block
+# One for each width of a block: of layers whose rows vectors divide, and of others.
+SIDES = ((16, 32, 64, 128, 4096), (1, 7, 20, 40, 80, 4001))
+POWERS = tuple(2**i for i in range(13))
 
 
 def launches(op, amount):
     """Functions without arguments, each of which launches.
 
     amount: "few": the sizes that matter most; "quick": every dtype, and all candidates where there are several;
-    "thorough": every block that any size leads to, and every option.
+    "thorough": every block that any size leads to, and every option; "random": any sizes.
     """
     module = importlib.import_module(f"kdaif_fast.triton_kernels.{op}")
     of_op = {"row_divergence": of_row_divergence, "row_stats": of_row_stats, "cg_update": of_cg_update}
@@ -38,7 +41,11 @@ def of_layers(module, op, amount):
     if amount == "few":
         sizes = sizes[1::3]
     if amount == "thorough":
-        sizes += tuple(((4, T, features), outputs) for T, features, outputs in itertools.product(SIDES, repeat=3))
+        for N, sides in itertools.product((1, 300), SIDES):
+            sizes += tuple(((N, T, features), outputs) for T, features, outputs in itertools.product(sides, repeat=3))
+        sizes += tuple(((4, 1, features), outputs) for features, outputs in itertools.product(POWERS, repeat=2))
+    if amount == "random":
+        sizes = [((any_size(12), any_size(10), any_size(13)), any_size(13)) for _ in range(100)]
     for (shape, outputs), dtype in itertools.product(sizes, DTYPES):
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             yield partial(on_layer, module, op, empty(shape, dtype=dtype), outputs, tf32)
@@ -73,14 +80,21 @@ def of_cg_update(module, _op, amount):
 
 def of_row_stats(module, _op, amount):
     """With and without a teacher, in every width."""
-    widths = {"few": (32000,), "quick": (100, 1000, 32000), "thorough": (1, 40, 100, 300, 999, 1000, 32000, 50257)}[amount]
-    for V, dtype, has_teacher in itertools.product(widths, DTYPES, (True, False)):
+    widths = {"few": [32000], "quick": [100, 1000, 32000], "thorough": [*POWERS, 100, 1000, 32000, 50257]}
+    widths["random"] = [any_size(17) for _ in range(100)]
+    for V, dtype, has_teacher in itertools.product(widths[amount], DTYPES, (True, False)):
         student, labels = empty(5, V, dtype=dtype), empty(5, dtype=torch.int64)
         yield partial(module.row_stats, student, student if has_teacher else None, labels, 2.0, 0, V, -100)
     if amount == "thorough":
         student = empty(5, 1000)
         for teacher, labels, count in itertools.product((None, student), (None, empty(5, dtype=torch.int64)), (0, 10)):
             yield partial(module.row_stats, student, teacher, labels, 2.0, 0, count, -100)
+
+
+def any_size(bits):
+    """From 1 on, small ones as often as large ones; half of them multiples of 16."""
+    size = random.randrange(1, 2 ** random.randint(1, bits))
+    return size if random.random() < 0.5 else -(-size // 16) * 16
 
 
 PLAIN = frozenset()
@@ -118,6 +132,7 @@ def row_arguments(kind, form, shape, dtype, options):
 def of_row_divergence(module, _op, amount):
     """Values with gradients, and products with one tangent and with four."""
     cases = {"few": [few_cases], "quick": [main_cases, kind_cases], "thorough": [main_cases, kind_cases, all_cases]}
+    cases["random"] = [random_cases]
     for args, counts, gauss_newton in itertools.chain.from_iterable(case() for case in cases[amount]):
         yield partial(module.row_divergence_with_grad, *args)
         for count in counts:
@@ -151,7 +166,7 @@ def kind_cases():
 
 def all_cases():
     """Every block; and the product of kinds, forms, a few sets of options and both sorts of width."""
-    for V, dtype in itertools.product((20, 40, 80, 160, 320, 640, 2048, 4096), DTYPES):
+    for V, dtype in itertools.product((20, 40, 80, 160, 320, 640, 2048, 4096, 32000), DTYPES):
         yield row_arguments(KL, LOGITS, (2, V), dtype, PLAIN), (1, 2, 4), False
     options = (EVERYTHING, PLAIN, frozenset(("other", "rows", "mask")))
     for chosen, V, kind, form in itertools.product(options, (32000, 4096), KINDS, range(3)):
@@ -159,3 +174,9 @@ def all_cases():
             yield row_arguments(kind, form, (2, V), torch.float32, chosen), (1, 4), V == 4096
             if kind in (KL, JENSEN_SHANNON, DECOUPLED):
                 yield row_arguments(kind, form, (2, V), torch.bfloat16, chosen), (2,), V == 4096
+
+
+def random_cases():
+    """The common case on rows of any width."""
+    for dtype in DTYPES * 60:
+        yield row_arguments(KL, LOGITS, (2, any_size(17)), dtype, PLAIN), (random.randint(1, 9),), False

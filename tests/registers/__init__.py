@@ -29,6 +29,16 @@ def gathered(found):
     return result
 
 
+def of_triton(binaries, capability):
+    """A table from what tests/triton_kernels/compiling.py reports."""
+    return gathered((b["kernel"], f"{b['dtype']} {b['block']}", capability, b["registers"]) for b in binaries)
+
+
+def of_cuda(uses):
+    """A table from what cuda.py reports."""
+    return gathered((use.kernel, use.instance, use.architecture, use.registers) for use in uses)
+
+
 def flat(of_kernels):
     """{(kernel, instance, architecture): registers}."""
     return {

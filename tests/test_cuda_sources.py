@@ -68,7 +68,9 @@ def test_wide_loads_and_stores(architecture):
         if not kernel.startswith("fast_") or not numbers or numbers[0] * ELEMENTS.get(element, 0) != 16:
             continue
         wide.append(kernel)
-        assert any(i.startswith(("LDG.E.128", "LDGSTS.E.128", "LDGSTS.E.BYPASS.128", "UBLKCP")) for i in instructions), (
+        assert any(
+            i.startswith(("LDG.E.128", "LDGSTS.E.128", "LDGSTS.E.BYPASS.128", "UBLKCP")) for i in instructions
+        ), (
             kernel,
             instance,
         )

@@ -1,4 +1,4 @@
-"""What the CUDA kernels use: of the library that this checkout built, or else of its sources, compiled for the purpose."""
+"""What the CUDA kernels use: of the library that this checkout built, or else of its sources, compiled here."""
 
 import concurrent.futures
 import functools

@@ -10,8 +10,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CXX = shutil.which("g++") or shutil.which("c++")
 SOURCES = ("row_divergence.cpp", "row_stats.cpp", "persample_dot.cpp")
-LIBRARY = ("-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-UNDER_SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+LIBRARY = ("-O1", "-shared", "-fPIC", "-fsanitize=undefined,bounds-strict", "-fno-sanitize-recover=all")
+UNDER_SANITIZERS = ("-O0", "-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all")
 
 
 def compile_into(output, source, *flags, csrc=CSRC):
@@ -21,26 +21,26 @@ def compile_into(output, source, *flags, csrc=CSRC):
     assert result.returncode == 0, result.stderr[-5000:]
 
 
-def fingerprint(source, flags):
+def fingerprint(source, flags, csrc):
     """Changes with everything that a compiled driver depends on."""
     digest = hashlib.sha256(repr((CXX, flags)).encode())
-    folders = [folder.rglob("*") for folder in (CSRC / "common", CSRC / "cuda")]
+    folders = [folder.rglob("*") for folder in (csrc / "common", csrc / "cuda")]
     for path in sorted(path for found in (*folders, HERE.glob("*.h"), [HERE / source]) for path in found):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def built(folder, source, *flags):
+def built(folder, source, *flags, csrc=CSRC, name=None):
     """Where the compiled driver is: in a folder of the processes' own, or, if it is there, from a run before."""
     folder = Path(folder)
-    kind = "library" if "-shared" in flags else "program"
-    output = folder / f"{Path(source).stem}-{kind}-{fingerprint(source, flags)}"
+    kind = f"{name or Path(source).stem}-{'library' if '-shared' in flags else 'program'}"
+    output = folder / f"{kind}-{fingerprint(source, flags, csrc)}"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
-            for stale in folder.glob(f"{Path(source).stem}-{kind}-*"):
+            for stale in folder.glob(f"{kind}-*"):
                 stale.unlink()
             unfinished = folder / "unfinished"
-            compile_into(unfinished, source, *flags)
+            compile_into(unfinished, source, *flags, csrc=csrc)
             unfinished.rename(output)
     return output

@@ -12,7 +12,10 @@ from kdaif_fast.reference.row_terms import CROSS_ENTROPY, KL, LOGITS, PROBABILIT
 
 from .building import CSRC, CXX  # noqa: F401 (for the tests)
 
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3, "warp by warp": 4}
+ORDERS = {
+    **{"forward": 0, "reverse": 1, "odd before even": 2, "random": 3},
+    **{"warp by warp": 4, "warp by warp, last first": 5},
+}
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

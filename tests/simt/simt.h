@@ -32,11 +32,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
-#if defined(__SANITIZE_ADDRESS__)
-#define __shared__ static  // between red zones, which thread-local memory has not; not filled with NaN
-#else
-#define __shared__ static thread_local
-#endif
+#define __shared__ static thread_local  // UBSan sees an index beyond an array of it; AddressSanitizer has no red zones there
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
 
@@ -46,7 +42,7 @@ constexpr int WARP_SIZE = 32;
 constexpr size_t STACK = 128 << 10;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, finished };
-enum class Order { forward, reverse, odd_even, random, warp_by_warp };
+enum class Order { forward, reverse, odd_even, random, warp_by_warp, warp_by_warp_reverse };
 
 // --- from one stack to another --------------------------------------------------------------------------------------
 #if defined(__x86_64__)
@@ -132,7 +128,7 @@ inline void fiber_main() {
 inline std::vector<int> in_order(int count, Order order, uint64_t& seed) {
   std::vector<int> indices(count);
   std::iota(indices.begin(), indices.end(), 0);
-  if (order == Order::reverse) std::vector<int>(indices.rbegin(), indices.rend()).swap(indices);
+  if (order == Order::reverse || order == Order::warp_by_warp_reverse) std::vector<int>(indices.rbegin(), indices.rend()).swap(indices);
   if (order == Order::odd_even)
     for (int i = 0; i < count; ++i) indices[i] = i < count / 2 ? 2 * i + 1 : 2 * (i - count / 2);
   if (order == Order::random)
@@ -156,7 +152,7 @@ inline bool release(int first, int count, State barrier) {
   return true;
 }
 
-// One go at the threads that can go on; with warp_by_warp, a warp goes as far as it gets before the next has its turn.
+// One go at the threads that can go on.
 inline bool run_ready(const std::vector<int>& threads) {
   bool moved = false;
   for (int i : threads) {
@@ -169,19 +165,20 @@ inline bool run_ready(const std::vector<int>& threads) {
   return moved;
 }
 
-inline bool run_warps_in_turn(int threads) {
+// A warp goes as far as it gets before the next has its turn. The last one first shows what the first one, which writes
+// most results, must not see.
+inline bool run_warps_in_turn(int threads, Order order, uint64_t& seed) {
   bool moved = false;
   std::vector<int> lanes(WARP_SIZE);
-  for (int warp = 0; warp < threads; warp += WARP_SIZE) {
-    std::iota(lanes.begin(), lanes.end(), warp);
-    while (run_ready(lanes) || release(warp, WARP_SIZE, State::at_warp_barrier)) moved = true;
+  for (int warp : in_order(threads / WARP_SIZE, order, seed)) {
+    std::iota(lanes.begin(), lanes.end(), warp * WARP_SIZE);
+    while (run_ready(lanes) || release(warp * WARP_SIZE, WARP_SIZE, State::at_warp_barrier)) moved = true;
   }
   return moved;
 }
 
 // All shared memory of all kernels: the thread-local memory of the library or program that this is compiled into.
 inline void poison_shared_memory() {
-#if !defined(__SANITIZE_ADDRESS__)
   static const std::pair<void*, size_t> memory = [] {
     std::pair<void*, size_t> found{nullptr, 0};
     dl_iterate_phdr(
@@ -203,7 +200,6 @@ inline void poison_shared_memory() {
     return found;
   }();
   if (memory.first != nullptr) std::memset(memory.first, 0xff, memory.second);
-#endif
 }
 
 inline void run_block(int threads, Order order, uint64_t& seed) {
@@ -219,7 +215,8 @@ inline void run_block(int threads, Order order, uint64_t& seed) {
   }
   poison_shared_memory();
   for (;;) {
-    bool moved = order == Order::warp_by_warp ? run_warps_in_turn(threads) : run_ready(in_order(threads, order, seed));
+    const bool in_turn = order == Order::warp_by_warp || order == Order::warp_by_warp_reverse;
+    bool moved = in_turn ? run_warps_in_turn(threads, order, seed) : run_ready(in_order(threads, order, seed));
     for (int warp = 0; warp < threads; warp += WARP_SIZE) moved |= release(warp, WARP_SIZE, State::at_warp_barrier);
     moved |= release(0, threads, State::at_block_barrier);
     if (moved) continue;

@@ -3,13 +3,11 @@
 UBSan ends the process where an offset overflows. What lies between the rows is never touched, so takes no memory.
 """
 
-import math
-import mmap
-
 import pytest
 import torch
 
 from kdaif_fast.reference.row_terms import DECOUPLED, KL
+from tests.far import far
 from tests.triton_kernels.persample_cases import directions, inputs
 
 from . import test_persample_dot, test_row_stats
@@ -17,27 +15,6 @@ from .building import CSRC, CXX
 from .row_driver import arguments, tangents
 
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs a C++ compiler and the sources")
-
-APART = 2**31 + 16  # elements; a multiple of what a load brings
-
-
-def far(x):
-    """The same numbers, the first dimension's neighbours far apart; around them is NaN, or -1."""
-    row = x[0].numel()
-    begin = 1024  # elements before the first row that a kernel must not touch
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        memory = mmap.mmap(-1, ((x.shape[0] - 1) * APART + row + 2 * begin) * x.element_size(), flags=flags)
-    except OSError:
-        pytest.skip("no address space for rows so far apart")
-    flat = torch.frombuffer(memory, dtype=x.dtype)
-    around = flat[: (x.shape[0] - 1) * APART + row + 2 * begin].as_strided(
-        (x.shape[0], row + 2 * begin), (APART, 1), storage_offset=0
-    )
-    around.fill_(math.nan if x.is_floating_point() else -1)
-    view = around[:, begin : begin + row].as_strided(x.shape, (APART, *x[0].contiguous().stride()), begin)
-    view.copy_(x)
-    return view
 
 
 def same(ours, expected):

@@ -10,7 +10,10 @@ from tests.triton_kernels.persample_cases import assert_close, directions, expec
 
 from .building import CSRC, CXX
 
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3, "warp by warp": 4}
+ORDERS = {
+    **{"forward": 0, "reverse": 1, "odd before even": 2, "random": 3},
+    **{"warp by warp": 4, "warp by warp, last first": 5},
+}
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # [N, T, I], O, K: one position and several; sizes below, at and beyond those of a tile; tiles of several samples
 SIZES = [((1, 1, 1), 1, 1), ((70, 1, 20), 65, 1), ((3, 50, 33), 20, 2), ((2, 64, 16), 64, 1), ((4, 3, 7), 130, 3)]

@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 OPS = ("row_divergence", "row_stats", "persample_dot", "persample_grad", "persample_norm", "weighted_grad", "cg_update")
 INSTRUCTIONS = r"\b(?:LDL|STL|RED|REDG|ATOM|ATOMG|ATOMS|LDGSTS|LDG|STG|HMMA|HGMMA|IMMA)\b[A-Z0-9.]*"
+SIZES = ("ROWS", "COLUMNS", "DEPTH", "BLOCK", "CHUNK", "SAMPLES", "WIDTH", "TILE", "PRECISION")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -63,12 +64,19 @@ def instructions_of(cubin):
 
 
 def block_of(function, args, named):
-    """What decides how many registers a kernel needs, for a person to read: sizes of tiles, precision, warps, stages."""
+    """What decides how many registers a kernel needs, in words: sizes of tiles, precision, warps, stages."""
     given = dict(zip(function.arg_names, args, strict=False)) | named
-    constants = [p.name for p in function.params if p.is_constexpr and p.name != "TOP_K_WIDTH"]
-    sizes = [f"{name}={given[name]}" for name in constants if type(given.get(name)) in (int, str)]
+    constants = [p.name for p in function.params if p.is_constexpr and p.name in SIZES]
     launch = [f"{name[4:]}={given[name]}" for name in ("num_warps", "num_stages") if name in given]
-    return " ".join([*sizes, *launch])
+    return " ".join([*(f"{name}={given[name]}" for name in constants if name in given), *launch])
+
+
+def variant_of(function, args, named):
+    """What else may make a difference worth looking at: types, options, and what sizes are divisible by."""
+    given = dict(zip(function.arg_names, args, strict=False)) | named
+    constants = [given[p.name] for p in function.params if p.is_constexpr and p.name in given and p.name not in SIZES]
+    aligned = all(x == 1 or x % 16 == 0 for x in given.values() if type(x) is int and x > 0)
+    return str([x > 1 if type(x) is int else x for x in constants]), aligned
 
 
 def dtype_of(args, named):
@@ -89,8 +97,10 @@ def tuners():
 
 
 @contextlib.contextmanager
-def launching(instead):
+def launching(instead, capability):
     """Every launch calls instead(function, args, grid, named), once for each configuration to choose from."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     def launch_all(tuned, grid):
@@ -101,6 +111,7 @@ def launching(instead):
         return launch
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", _Driver(GPUTarget("cuda", capability, 32)))
         for tuner in tuners():
             patch.setattr(tuner, "__getitem__", launch_all)
         patch.setattr(
@@ -109,7 +120,7 @@ def launching(instead):
         yield
 
 
-def recorded(amount, *ops):
+def recorded(amount, *ops, capability=90):
     """(kernel, dtype, block) of every launch."""
     from tests.triton_kernels.launches import launches
 
@@ -118,7 +129,7 @@ def recorded(amount, *ops):
     def note(function, args, grid, named):
         seen.add((function.__name__, dtype_of(args, named), block_of(function, args, named)))
 
-    with launching(note):
+    with launching(note, capability):
         for op in ops:
             for launch in launches(op, amount):
                 launch()
@@ -128,20 +139,14 @@ def recorded(amount, *ops):
 class Compiler:
     """Compiles what is launched, once for each set of sizes that may give another binary worth looking at."""
 
-    def __init__(self, capability, out):
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver
+    def __init__(self, out):
         from triton.runtime.jit import JITFunction
 
-        driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
         self.out, self.run, self.seen = out, JITFunction.run, set()
 
     def compile(self, function, args, grid, named):
         dtype, block = dtype_of(args, named), block_of(function, args, named)
-        given = dict(zip(function.arg_names, args, strict=False)) | named
-        constants = [given[p.name] for p in function.params if p.is_constexpr and p.name in given]
-        aligned = all(x == 1 or x % 16 == 0 for x in given.values() if type(x) is int and x > 0)
-        key = (function.__name__, dtype, block, str(constants), aligned)
+        key = (function.__name__, dtype, block, *variant_of(function, args, named))
         if key in self.seen:
             return
         self.seen.add(key)
@@ -186,8 +191,8 @@ def main():
     from tests.triton_kernels.launches import launches
 
     capability, amount, *ops = sys.argv[1:]
-    compiler = Compiler(int(capability), sys.stdout)
-    with launching(compiler.compile):
+    compiler = Compiler(sys.stdout)
+    with launching(compiler.compile, int(capability)):
         for op in ops:
             for launch in launches(op, amount):
                 launch()

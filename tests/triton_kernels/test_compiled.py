@@ -4,6 +4,8 @@ A spill would cost more than all else, an atomic addition of floats would give o
 not wide leave half of the memory's bandwidth.
 """
 
+import random
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -104,8 +106,10 @@ def kernels_of_the_package():
         yield from (n for n, x in vars(module).items() if isinstance(x, JITFunction) and n.endswith("_kernel"))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("op", OPS)
-def test_no_size_leads_to_a_block_that_was_never_compiled(op):
-    thorough = recorded("thorough", op)
-    assert recorded("quick", op) <= thorough
-    assert recorded("random", op) <= thorough
+def test_no_size_leads_to_a_block_that_was_never_compiled(op, capability):
+    random.seed(0)
+    thorough = recorded("thorough", op, capability=capability)
+    for amount in ("few", "quick", "random"):
+        assert recorded(amount, op, capability=capability) <= thorough

@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 OPS = ("row_divergence", "row_stats", "persample_dot", "persample_grad", "persample_norm", "weighted_grad", "cg_update")
-INSTRUCTIONS = r"\b(?:LDL|STL|RED|REDG|ATOM|ATOMG|ATOMS|LDGSTS|LDG|STG|HMMA|HGMMA|IMMA)\b[A-Z0-9.]*"
+INSTRUCTIONS = r"\b(?:LDL|STL|RED|REDG|ATOM|ATOMG|ATOMS|LDGSTS|LDG|STG|UTMALDG|HMMA|HGMMA|IMMA)\b[A-Z0-9.]*"
 SIZES = ("ROWS", "COLUMNS", "DEPTH", "BLOCK", "CHUNK", "SAMPLES", "WIDTH", "TILE", "PRECISION")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -17,6 +17,8 @@ from .compiling import OPS, compiled, disassembler, recorded  # noqa: E402
 MOST_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block
 ON_EVERY_GPU = 99 * 1024  # of a block on the smallest of the GPUs that have bfloat16
 VERSION = ".".join(triton.__version__.split(".")[:2])
+# A thread has 4 elements: with 8, registers are spilled on sm_80.
+EIGHT_BYTES_A_LOAD = {("_row_stats_kernel", "bfloat16"), ("_row_stats_kernel", "float16")}
 ON_TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
 
 AMOUNTS = [
@@ -46,7 +48,8 @@ def test_binaries(op, capability, amount):
         kernels[b["kernel"], b["dtype"]].append(b)
     for name, of_kernel in kernels.items():
         assert min(b["shared"] for b in of_kernel) <= ON_EVERY_GPU, name
-        assert any("128" in i for b in of_kernel for i in b["instructions"] if i.startswith(("LDG", "TMA"))), name
+        width = "64" if name in EIGHT_BYTES_A_LOAD else "128"
+        assert any(width in i for b in of_kernel for i in b["instructions"] if i.startswith(("LDG", "UTMA"))), name
 
 
 @needs_a_disassembler

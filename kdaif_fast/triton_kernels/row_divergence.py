@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .grids import groups, programs
 from .row_divergence_kernels import row_divergence_hvp_kernel, row_divergence_kernel
 from .row_divergence_terms import DECOUPLED, KL, LOGITS, Options
 from .tuning import tuned
@@ -177,8 +178,9 @@ def _launch(loss: Tensor | None, grad: Tensor | None, args: Sequence[Any]) -> No
     arguments, options = _arguments(*args)
     options = dataclasses.replace(options, loss=loss is not None, grad=grad is not None)
     results = {"loss": student if loss is None else loss, "grad": student if grad is None else grad}
+    grid = (programs("row_divergence", N),)
     with _on_device_of(student):
-        _tuned(row_divergence_kernel, V, 1, register_limit(options, V))[(N,)](**arguments, **results, o=options)
+        _tuned(row_divergence_kernel, V, 1, register_limit(options, V))[grid](**arguments, **results, o=options)
 
 
 def row_divergence(student: Tensor, *args: Any) -> Tensor:
@@ -212,8 +214,9 @@ def row_divergence_hvp(tangents: Tensor, gauss_newton: bool, student: Tensor, *a
     arguments, options = _arguments(student, *args)
     tangents = _dense_rows(tangents)
     tile = min(triton.next_power_of_2(K), MOST_TANGENTS)
+    grid = (programs("row_divergence_hvp", N), groups("row_divergence_hvp", triton.cdiv(K, tile), "tangents"))
     with _on_device_of(student):
-        _tuned(row_divergence_hvp_kernel, V, tile, register_limit(options, V))[(N, triton.cdiv(K, tile))](
+        _tuned(row_divergence_hvp_kernel, V, tile, register_limit(options, V))[grid](
             tangents=tangents,
             out=out,
             K=K,

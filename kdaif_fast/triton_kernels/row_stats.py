@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grids import programs
+
 WIDEST_BLOCK = 2048
 STATS_ALONE, STATS_OF_BOTH = 6, 14  # rows of the packed result, in the order of reference/row_stats.py
 
@@ -205,7 +207,7 @@ def row_stats(
     other = student if teacher is None else _dense_rows(teacher)
     block, warps = block_for(V)
     with _on_device_of(student):
-        _row_stats_kernel[(N,)](
+        _row_stats_kernel[(programs("row_stats", N),)](
             student,
             other,
             argmax if labels is None else labels.contiguous(),

@@ -2,10 +2,7 @@
 
 import ctypes
 import math
-import shutil
-import subprocess
 from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_void_p
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,10 +10,12 @@ import torch
 from kdaif_fast.reference import row_divergence as reference
 from kdaif_fast.reference.row_terms import CROSS_ENTROPY, KL, LOGITS, PROBABILITIES, TOP_K, Choices, accumulation_dtype
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++")
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3, "warp by warp": 4}
+from .building import CSRC, CXX  # noqa: F401 (for the tests)
+
+ORDERS = {
+    **{"forward": 0, "reverse": 1, "odd before even": 2, "random": 3},
+    **{"warp by warp": 4, "warp by warp, last first": 5},
+}
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -72,11 +71,6 @@ class Arguments(NamedTuple):
         fields |= dict(zip(names, self.numbers, strict=True)) | self.choices._asdict()
         top_k = 0 if self.indices is None else self.indices.shape[1]
         return RowDivergence(**fields, top_k=top_k, N=self.student.shape[0], V=self.student.shape[1])
-
-
-def compile_driver(output, *flags):
-    command = [CXX, "-std=c++20", "-g1", "-O1", "-I", str(CSRC), "-I", str(HERE), str(HERE / "row_divergence.cpp")]
-    subprocess.run([*command, *flags, "-o", str(output)], check=True, capture_output=True, text=True)
 
 
 class FastPlan(NamedTuple):

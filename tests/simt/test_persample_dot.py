@@ -1,20 +1,19 @@
 """The CUDA kernels of persample_dot, run on the CPU under several thread schedules, against the reference."""
 
 import ctypes
-import shutil
-import subprocess
 from ctypes import byref, c_int64, c_void_p
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.triton_kernels.persample_cases import assert_close, directions, expected, far_apart, inputs, strided
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++")
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3, "warp by warp": 4}
+from .building import CSRC, CXX
+
+ORDERS = {
+    **{"forward": 0, "reverse": 1, "odd before even": 2, "random": 3},
+    **{"warp by warp": 4, "warp by warp, last first": 5},
+}
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # [N, T, I], O, K: one position and several; sizes below, at and beyond those of a tile; tiles of several samples
 SIZES = [((1, 1, 1), 1, 1), ((70, 1, 20), 65, 1), ((3, 50, 33), 20, 2), ((2, 64, 16), 64, 1), ((4, 3, 7), 130, 3)]
@@ -30,21 +29,9 @@ class Call(ctypes.Structure):  # as in persample_dot.cpp
     )
 
 
-def compile_driver(output, *flags):
-    command = [CXX, "-std=c++20", "-g", "-O1", "-I", str(CSRC), "-I", str(HERE), str(HERE / "persample_dot.cpp")]
-    subprocess.run([*command, *flags, "-o", str(output)], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    library = tmp_path_factory.mktemp("simt") / "persample_dot.so"
-    compile_driver(library, "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    loaded = ctypes.CDLL(str(library))
-    loaded.part_of.restype = c_int64
-    loaded.part_of.argtypes = [c_int64] * 3
-    loaded.vendor_multiplies.restype = ctypes.c_bool
-    loaded.vendor_multiplies.argtypes = [c_int64] * 4
-    return loaded
+@pytest.fixture
+def driver(persample_dot_driver):
+    return persample_dot_driver
 
 
 def run(driver, order, a, b, v, part=64, most_blocks=5):
@@ -120,12 +107,3 @@ def test_a_sample_keeps_its_nan_to_itself(driver):
 def test_no_positions(driver):
     a, b = torch.zeros(3, 0, 4), torch.zeros(3, 0, 5)
     assert torch.equal(run(driver, 0, a, b, torch.ones(2, 5, 4)), torch.zeros(3, 2))
-
-
-def test_address_sanitizer_is_silent(tmp_path):
-    program = tmp_path / "persample_dot"
-    compile_driver(program, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    result = subprocess.run(
-        [str(program)], capture_output=True, text=True, check=False, env={"ASAN_OPTIONS": "detect_leaks=0"}
-    )
-    assert (result.returncode, result.stdout.strip()) == (0, "clean"), result.stderr

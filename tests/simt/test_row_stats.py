@@ -2,10 +2,7 @@
 
 import ctypes
 import math
-import shutil
-import subprocess
 from ctypes import byref, c_double, c_int64, c_void_p
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +10,12 @@ import torch
 from kdaif_fast.reference import row_stats as reference
 from tests.ops.row_stats_cases import IGNORED, assert_close, expected_of, inputs
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++")
-ORDERS = {"forward": 0, "reverse": 1, "odd before even": 2, "random": 3}
+from .building import CSRC, CXX
+
+ORDERS = {
+    **{"forward": 0, "reverse": 1, "odd before even": 2, "random": 3},
+    **{"warp by warp": 4, "warp by warp, last first": 5},
+}
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs a C++ compiler and the sources")
@@ -31,28 +30,9 @@ class Call(ctypes.Structure):  # as in row_stats.cpp
     )
 
 
-def compile_driver(output, *flags):
-    command = [
-        CXX,
-        "-std=c++20",
-        "-g",
-        "-I",
-        str(CSRC),
-        "-I",
-        str(HERE),
-        str(HERE / "row_stats.cpp"),
-        "-o",
-        str(output),
-    ]
-    subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    library = tmp_path_factory.mktemp("simt") / "row_stats.so"
-    undefined = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    compile_driver(library, "-O1", "-shared", "-fPIC", *undefined)
-    return ctypes.CDLL(str(library))
+@pytest.fixture
+def driver(row_stats_driver):
+    return row_stats_driver
 
 
 def run(driver, order, student, teacher=None, labels=None, T=1.0, first=0, count=0, ignore=IGNORED):
@@ -136,12 +116,3 @@ def test_row_strides(driver):
     padded[:, :40] = student
     ours = run(driver, 0, padded[:, :40], teacher[:1].expand(5, 40), labels)
     assert same_bits(ours, run(driver, 0, student, teacher[:1].repeat(5, 1), labels))
-
-
-def test_address_sanitizer_is_silent(tmp_path):
-    program = tmp_path / "row_stats"
-    compile_driver(program, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    result = subprocess.run(
-        [str(program)], capture_output=True, text=True, check=False, env={"ASAN_OPTIONS": "detect_leaks=0"}
-    )
-    assert (result.returncode, result.stdout.strip()) == (0, "clean"), result.stderr

@@ -1,0 +1,11 @@
+"""The Triton kernels on tensors with offsets beyond 32 bits, without a GPU: run by Triton's interpreter."""
+
+import pytest
+
+from .without_a_gpu import run_under_the_interpreter
+
+pytest.importorskip("triton")
+
+
+def test_under_the_interpreter():
+    run_under_the_interpreter("interpreted_far_apart.py")

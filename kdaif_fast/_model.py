@@ -220,8 +220,10 @@ def run_model(model: nn.Module, inputs: Any, name: str) -> Tensor:
 
 
 def random_states(model: nn.Module) -> list[Tensor]:
-    """Of the generators that the model may draw from."""
+    """Of the generators that the model may draw from; none of a GPU's while a graph is captured: it gives none then."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
+    if devices and torch.cuda.is_current_stream_capturing():
+        devices.clear()
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
 
 

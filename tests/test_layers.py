@@ -23,6 +23,7 @@ BELOW = {
     "_model": {"ops", "_sharded"},
     "_data": {"_model"},
     "_files": set(),
+    "_progress": set(),
     "_config": set(),
     "_distributed": set(),
     "_objective": {"_model", "_tree", "batched"},
@@ -32,14 +33,14 @@ BELOW = {
     "per_sample": {"ops", "_model", "_tree"},
     "influence": {
         *("solvers", "curvature", "per_sample", "_objective", "_model", "_data", "_distributed", "_tree", "_warn"),
-        *("_config", "_files"),
+        *("_config", "_files", "_progress"),
     },
     "distill": {
         *("influence", "curvature", "solvers", "per_sample", "ops"),
-        *("_config", "_data", "_distributed", "_files", "_model", "_tree", "_warn"),
+        *("_config", "_data", "_distributed", "_files", "_model", "_progress", "_tree", "_warn"),
     },
     "integrations": {"distill", "_model", "_warn"},
-    "demo": {"distill", "influence", "ops", "_model"},
+    "demo": {"distill", "influence", "ops", "_model", "_progress"},
     "info": {"_cuda_order", "_library", "_derive", "ops", "__init__", "_build_info"},
     "cli": {"_config", "demo", "distill", "influence", "info", "__init__"},
     "__init__": {"ops", "solvers", "curvature", "per_sample", "influence", "distill", "_library", "_model", "_sharded"},
@@ -106,6 +107,23 @@ def test_triton_is_imported_at_its_first_launch_only():
     code = (
         "import sys, kdaif_fast; assert 'triton' not in sys.modules and 'kdaif_fast.triton_kernels' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_is_enough_to_import_it():
+    """A machine with GPUs may have torch, Triton and compilers, and no more: ops, scores and steps run there."""
+    code = f"""
+import sys, warnings
+sys.modules |= dict.fromkeys({sorted(OPTIONAL | {"numpy", "click"})})  # importing one of them is an ImportError now
+warnings.simplefilter("ignore")  # torch's own, of the missing numpy
+import torch, kdaif_fast
+model = torch.nn.Linear(4, 3)
+batch = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+logits = model(batch[0])
+kdaif_fast.ops.kd_loss(logits, torch.randn(6, 3), batch[1])
+assert kdaif_fast.per_sample_grad_norms(model, batch).shape == (6,)
+assert kdaif_fast.influence_weights(model, batch, batch).shape == (6,)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

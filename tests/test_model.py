@@ -1,5 +1,6 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -75,3 +76,17 @@ def test_buffers_of_a_module_with_two_names_stay_its_own():
     assert torch.equal(before, values)
     _model.call_model(model, torch.randn(3, 2, 5), "batch", updates_buffers=True)
     assert not torch.equal(norm.running_mean, values)
+
+
+def test_generators_are_left_alone_while_a_graph_is_captured(monkeypatch):
+    """A GPU's generator refuses to be read then, which would break the capture."""
+    read = []
+    parameter = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    model = SimpleNamespace(parameters=lambda: [parameter])
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: read.append(device) or torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert len(_model.random_states(model)) == 1
+    assert not read
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert len(_model.random_states(model)) == 2
+    assert read == [parameter.device]

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+from .._progress import bar
 from . import report
 from .data import load_digits
 from .training import Settings, train
@@ -51,8 +52,6 @@ def run_demo(
         ValueError: seeds below 1 or a flip outside [0, 0.9].
         ImportError: scikit-learn or matplotlib are missing.
     """
-    from tqdm import tqdm
-
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}, expected at least 1")
     if not 0 <= flip <= 0.9:
@@ -61,12 +60,11 @@ def run_demo(
     settings = settings or Settings()
     out.mkdir(parents=True, exist_ok=True)
     figures = []
-    disable = None if progress is None else not progress
-    with tqdm(total=seeds * settings.epochs, unit="epoch", disable=disable) as bar:
+    with bar(progress, total=seeds * settings.epochs, unit="epoch") as shown:
         for seed in range(seeds):
-            bar.set_description(f"seed {seed + 1} of {seeds}")
+            shown.set_description(f"seed {seed + 1} of {seeds}")
             data = load_digits(flip, seed)
-            outcome = train(data, settings, seed, on_epoch=bar.update)
+            outcome = train(data, settings, seed, on_epoch=shown.update)
             figures.append(report.measure(data, outcome))
             if seed == 0:
                 report.write_weights(out / "weights.csv", data, outcome)

@@ -7,15 +7,17 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "phi"
 """The tensor's name in a .safetensors file."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_DTYPES = {"F32": "<f4", "F64": "<f8"}
 _AT_ONCE = 1 << 22  # elements that are filled together
 _ALIGNMENT = 64  # of a .safetensors file's data: the format asks for 8, vector loads like more
 
@@ -29,6 +31,8 @@ class ArrayFile:
     @classmethod
     def create(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> ArrayFile:
         """A new file, full of NaN. Raises OSError at once if there is not enough room; then no file is left."""
+        import numpy as np
+
         kind = np.dtype("<f8" if dtype == torch.float64 else "<f4")
         header = _npy_header(shape, kind) if path.suffix == ".npy" else _safetensors_header(shape, kind)
         size = len(header) + math.prod(shape) * kind.itemsize
@@ -51,12 +55,14 @@ class ArrayFile:
     @classmethod
     def open(cls, path: Path, mode: Literal["r+", "c"] = "r+") -> ArrayFile:
         """A file that create has made; mode "c" maps it so that writing changes only what this process sees."""
+        import numpy as np
+
         if path.suffix == ".npy":
             return cls(path, np.lib.format.open_memmap(path, mode=mode))
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[NAME]
-        kind: np.dtype[Any] = _DTYPES[entry["dtype"]]
+        kind: np.dtype[Any] = np.dtype(_DTYPES[entry["dtype"]])
         return cls(path, np.memmap(path, kind, mode, 8 + length, tuple(entry["shape"])))
 
     def flush(self) -> None:
@@ -83,6 +89,8 @@ def require_writable(path: Path) -> None:
 
 
 def _npy_header(shape: tuple[int, ...], kind: np.dtype[Any]) -> bytes:
+    import numpy as np
+
     buffer = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
@@ -91,7 +99,7 @@ def _npy_header(shape: tuple[int, ...], kind: np.dtype[Any]) -> bytes:
 
 def _safetensors_header(shape: tuple[int, ...], kind: np.dtype[Any]) -> bytes:
     """Eight bytes of length, then JSON, filled up with spaces (the format's own description, version 0.4)."""
-    (name,) = (key for key, dtype in _DTYPES.items() if dtype == kind)
+    (name,) = (key for key, dtype in _DTYPES.items() if dtype == kind.str)
     entry = {"dtype": name, "shape": list(shape), "data_offsets": [0, math.prod(shape) * kind.itemsize]}
     text = json.dumps({"__metadata__": {"made_by": "kdaif_fast", "sign": "phi > 0 is harmful"}, NAME: entry}).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +96,8 @@ class ResultFile:
 
     def solution(self) -> tuple[Tensor, dict[str, Any]] | None:
         """x and the report of a solve that is finished, or None."""
+        import numpy as np
+
         report = self._record.get("solution")
         if report is None:
             return None
@@ -110,6 +111,8 @@ class ResultFile:
 
     def save_solution(self, x: Tensor, report: Mapping[str, Any]) -> None:
         """Keep x [P] or [K, P], and what the solve says of it (for JSON)."""
+        import numpy as np
+
         with replaced(self._solution_path) as part, part.open("wb") as file:
             np.save(file, x.detach().cpu().numpy())
         self._record["solution"] = {**report, "digest": digest([x])}

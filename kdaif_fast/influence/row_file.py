@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +60,8 @@ def map_rows(path: Path) -> Tensor:
 
     Raises ValueError for a file that was not written to its end.
     """
+    import numpy as np
+
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
             raise ValueError(f"{str(path)!r} is not a whole .npy file: it was not written to its end")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._progress import bar
 from ..curvature import CurvatureOperator, Identity
 from ..solvers import SOLVERS, Solution, auto_damping, check_limits, solve
 from .preconditioning import choose_preconditioner
@@ -120,10 +121,8 @@ class _Watched:
     """The operator, with a progress bar that counts products."""
 
     def __init__(self, operator: CurvatureOperator, progress: bool | None) -> None:
-        from tqdm import tqdm
-
         self._operator = operator
-        self._bar = tqdm(desc="solve", unit="product", disable=None if progress is None else not progress)
+        self._bar = bar(progress, desc="solve", unit="product")
 
     def __enter__(self) -> _Watched:
         return self

@@ -20,7 +20,9 @@ def require_independence(model: nn.Module, batch: Any, name: str = "batch") -> N
     """
     model = plain_model(model)
     inputs = unpack_batch(batch, name).inputs
-    with torch.no_grad(), transparent(model), _without_dropout(model), torch.random.fork_rng():
+    # By name: else all GPUs of the machine are asked, and with several of them torch warns.
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.no_grad(), transparent(model), _without_dropout(model), torch.random.fork_rng(devices):
         whole = call_model(model, inputs, name)
         if not isinstance(whole, Tensor) or whole.dim() == 0 or len(whole) < 2:
             return

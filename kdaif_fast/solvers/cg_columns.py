@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Columns:
     def start(cls, rows: Tensor, precondition: Callable[[Tensor], Tensor] | None, tol: float | None) -> Columns:
         """x = 0, r = b, p = M^-1 b."""
         xp = scalars_for(rows.device)
-        as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is numpy else Tensor.detach
+        as_scalar: Callable[[Tensor], Any] = Tensor.numpy if xp is not torch else Tensor.detach
         r = rows.clone()
         p = r.clone() if precondition is None else precondition(r).clone()
         squares = _sums(r, r)
@@ -83,7 +84,7 @@ class Columns:
         """The step of every column, from p . C p and p . p."""
         pAp, pp = self._as_scalar(dots)
         if damping:
-            with numpy.errstate(over="ignore"):
+            with _silent(self.xp):
                 pAp = pAp + damping * pp
         self.unsettled.append((pAp, pp, self.running))
         # From here on the steps of a column that stops are 0, so no look at the values is needed for stopping.
@@ -108,8 +109,8 @@ class Columns:
         """a / b of the columns that are running, and 0."""
         if self.xp is torch:
             return torch.where(self.running, a / b, 0)
-        ratios = numpy.zeros_like(a)
-        numpy.divide(a, b, out=ratios, where=self.running)
+        ratios = self.xp.zeros_like(a)
+        self.xp.divide(a, b, out=ratios, where=self.running)
         return torch.from_numpy(ratios)
 
     def settle(self) -> None:
@@ -119,11 +120,11 @@ class Columns:
         xp = self.xp
         pAp, pp, running = (xp.stack(rows) for rows in zip(*self.unsettled, strict=True))
         self.unsettled.clear()
-        with numpy.errstate(all="ignore"):
+        with _silent(xp):
             quotients = pAp / pp
         spent = running.sum(0)
         at = xp.where(spent > 0, spent - 1, 0)[None]  # a column that stops does not start again
-        last = (numpy.take_along_axis(quotients, at, 0) if xp is numpy else quotients.gather(0, at))[0]
+        last = (xp.take_along_axis(quotients, at, 0) if xp is not torch else quotients.gather(0, at))[0]
         self.last = xp.where(spent > 0, last, self.last)
         is_known = running & (quotients == quotients)
         self.lowest = xp.fmin(self.lowest, _amin(xp.where(is_known, quotients, math.inf)))
@@ -186,7 +187,7 @@ class Columns:
         for name in ARRAYS:
             values = [getattr(part, name) for part in parts]
             is_tensor = isinstance(values[0], Tensor)
-            joined[name] = torch.cat(values)[order] if is_tensor else numpy.concatenate(values)[order.numpy()]
+            joined[name] = torch.cat(values)[order] if is_tensor else self.xp.concatenate(values)[order.numpy()]
         return dataclasses.replace(self, **joined, unsettled=[])
 
     def numbers(self, name: str) -> list[Any]:
@@ -196,23 +197,30 @@ class Columns:
         return values
 
     def _as_scalar(self, values: Tensor) -> Any:
-        return values.numpy() if self.xp is numpy else values
+        return values.numpy() if self.xp is not torch else values
 
     def _as_tensor(self, values: Any) -> Tensor:
-        tensor: Tensor = torch.from_numpy(values) if self.xp is numpy else values
+        tensor: Tensor = torch.from_numpy(values) if self.xp is not torch else values
         return tensor
 
 
 def scalars_for(device: torch.device) -> Any:
-    """Who calculates with scalars: numpy or torch."""
-    return numpy if device.type == "cpu" else torch
+    """Who calculates with scalars: numpy, or torch on other devices and where there is no numpy."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("numpy") if device.type == "cpu" else torch
+    return torch
 
 
 ARRAYS = tuple(field.name for field in dataclasses.fields(Columns) if field.name not in ("xp", "unsettled"))
 
 
 def _amin(values: Any) -> Any:
-    return values.min(0) if isinstance(values, numpy.ndarray) else values.amin(0)
+    return values.amin(0) if isinstance(values, Tensor) else values.min(0)
+
+
+def _silent(xp: Any) -> Any:
+    """Without numpy's warnings of what is infinite or no number, which torch does not give."""
+    return contextlib.nullcontext() if xp is torch else xp.errstate(all="ignore")
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:

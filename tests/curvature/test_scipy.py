@@ -42,7 +42,7 @@ def test_every_shape_of_vectors():
     for found in (view @ columns, view.T @ columns, (view + view) @ columns / 2, view @ np.asfortranarray(columns)):
         np.testing.assert_allclose(found, expected, atol=1e-9)
     np.testing.assert_allclose(view @ columns[:, 0], expected[:, 0], atol=1e-9)
-    np.testing.assert_allclose(view.matvec(columns[:, :1]), expected[:, :1], atol=1e-9)
+    np.testing.assert_allclose(view.matmat(columns[:, :1]), expected[:, :1], atol=1e-9)
     np.testing.assert_allclose(view.rmatvec(columns[:, 1]), expected[:, 1], atol=1e-9)
     largest = svds(view, k=1, return_singular_vectors=False)
     assert largest[0] == pytest.approx(torch.linalg.eigvalsh(this.gauss_newton)[-1].item(), rel=1e-6)

@@ -3,14 +3,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kdaif_fast import DistillationLoss, influence_scores, weighted_step
 from kdaif_fast.distill.label_revision import LabelRevisionLoss, label_revision
 from kdaif_fast.distill.rules import SelectFraction
 from tests.cases import CLASSES, Dense, make
+from tests.properties import given, settings, st
 
 LOSS = LabelRevisionLoss(eta=0.7, temperature=2.5, ce_weight=0.6, kd_weight=1.7)
 

@@ -3,8 +3,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast import influence_scores, sigmoid_weights
 from kdaif_fast.distill.rules import (
@@ -24,6 +22,7 @@ from kdaif_fast.distill.rules import (
 )
 from kdaif_fast.distill.statistics import SampleStatistics
 from tests.influence.cases import Regression
+from tests.properties import given, settings, st
 
 E = math.e
 NEUTRAL = {"sigmoid": (0, 2), "half_sigmoid": (0.5, 1.5), "linear": (0, 2), "drop": (0, 1)}  # w(0) = 1; their range

@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kdaif_fast import influence_scores, influence_weights, sigmoid_weights
 from kdaif_fast.influence.weights import score_width
 from tests.cases import make
+from tests.properties import given, st
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30).map(lambda x: torch.tensor(x, dtype=torch.float64))
 

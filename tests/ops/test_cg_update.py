@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast import reference
 from kdaif_fast.ops import cg_dots, cg_update
 from kdaif_fast.reference import cg_update as definition
+from tests.properties import given, settings, st
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(0, 5), (3, 0), (1, 1), (2, 7), (1, 16), (3, 8191), (2, 8192), (1, 8193), (2, 40_003)]

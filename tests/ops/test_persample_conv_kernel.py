@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from tests.ops.persample_conv_cases import (
     DTYPES,
@@ -20,6 +18,7 @@ from tests.ops.persample_conv_cases import (
     square,
     wide,
 )
+from tests.properties import assume, given, settings, st
 
 pytestmark = [
     pytest.mark.skipif(not HAS_KERNELS, reason="no compiled CPU kernels here"),

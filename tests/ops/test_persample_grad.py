@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.ops import persample_dot, persample_grad
 from tests.ops.linear_layer_cases import (
@@ -19,6 +17,7 @@ from tests.ops.linear_layer_cases import (
     layer,
     strided,
 )
+from tests.properties import given, settings, st
 
 
 def check(inputs, output_grads, ours):

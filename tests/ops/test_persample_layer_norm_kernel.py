@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kdaif_fast
 from kdaif_fast.reference import persample_layer_norm as reference
+from tests.properties import given, settings, st
 
 ops = importlib.import_module("kdaif_fast.ops.persample_layer_norm")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.ops import persample_norm
 from tests.ops.linear_layer_cases import (
@@ -18,6 +16,7 @@ from tests.ops.linear_layer_cases import (
     layer,
     strided,
 )
+from tests.properties import given, settings, st
 
 
 def check(inputs, output_grads):

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.reference import row_divergence as reference
 from kdaif_fast.reference import row_terms as terms
@@ -27,6 +25,7 @@ from tests.ops.row_cases import (
     relative_error,
     widened,
 )
+from tests.properties import given, settings, st
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

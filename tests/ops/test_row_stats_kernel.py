@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.reference import row_stats as reference
 from tests.ops.row_stats_cases import (
@@ -19,6 +17,7 @@ from tests.ops.row_stats_cases import (
     inputs,
     ops,
 )
+from tests.properties import given, settings, st
 
 LABEL_ROWS = [reference.SIDE.index(name) for name in ("label", "margin", "ce")]
 LABEL_ROWS += [len(reference.SIDE) + row for row in LABEL_ROWS]

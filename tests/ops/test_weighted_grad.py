@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.ops import weighted_grad
 from tests.ops.linear_layer_cases import (
@@ -17,6 +15,7 @@ from tests.ops.linear_layer_cases import (
     layer,
     strided,
 )
+from tests.properties import given, settings, st
 
 
 def check(inputs, output_grads, weights):

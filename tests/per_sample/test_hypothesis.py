@@ -1,11 +1,10 @@
 """Random stacks of layers, in either order of axes, with weights shared at random."""
 
-import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
 from torch import nn
 
 from kdaif_fast.per_sample import per_sample_grad_dots, per_sample_grad_norms, per_sample_grads, weighted_step
+from tests.properties import given, settings, st
 
 from .zoo import Case, assert_close, assert_same, flat, trainable
 

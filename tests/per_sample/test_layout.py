@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.per_sample.layout import Layout, Scattered, find_layouts, find_owners
+from tests.properties import given, settings, st
 
 N = 4
 EXPONENTS = torch.tensor([0, -3, -1, -4])

@@ -1,10 +1,8 @@
 import pytest
-import scipy.sparse.linalg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.solvers import cg, nystrom_preconditioner
+from tests.properties import given, settings, st
 from tests.solvers.cases import Counting, matrix_of, residuals_of, rows_of, spectrum, system
 
 
@@ -197,6 +195,8 @@ def test_float32_reaches_what_float32_can():
 
 
 def test_as_scipy():
+    import scipy.sparse.linalg
+
     C, b = system(50, 1e3)
     ours = cg(rows_of(C), b, tol=1e-9)
     theirs, failed = scipy.sparse.linalg.cg(C.numpy(), b.numpy(), rtol=1e-9)

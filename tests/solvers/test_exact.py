@@ -1,9 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.solvers import exact
+from tests.properties import given, settings, st
 from tests.solvers.cases import Counting, matrix_of, residuals_of, rows_of, spectrum, system
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.solvers import arnoldi, lanczos
+from tests.properties import given, settings, st
 from tests.solvers.cases import matrix_of, residuals_of, rows_of, spectrum, system
 
 BOTH = pytest.mark.parametrize("solver", [lanczos, arnoldi])

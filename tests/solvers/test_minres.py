@@ -1,12 +1,10 @@
 import itertools
 
 import pytest
-import scipy.sparse.linalg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.solvers import minres
+from tests.properties import given, settings, st
 from tests.solvers.cases import Counting, matrix_of, residuals_of, rows_of, spectrum, system
 
 
@@ -40,6 +38,8 @@ def test_residuals_never_grow():
 
 
 def test_as_scipy():
+    import scipy.sparse.linalg
+
     C, b = system(50, 1e3, negative=20)
     ours = minres(rows_of(C), b, damping=0.1, tol=1e-9)
     theirs, failed = scipy.sparse.linalg.minres(C.numpy(), b.numpy(), shift=-0.1, rtol=1e-13)

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdaif_fast.solvers import nystrom, nystrom_preconditioner
 from kdaif_fast.solvers.nystrom import nystrom_sketch
+from tests.properties import given, settings, st
 from tests.solvers.cases import Counting, matrix_of, residuals_of, rows_of
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+
+from ..._progress import bar
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -27,16 +28,14 @@ class TrainingProgress:
     """
 
     def __init__(self, epochs: int, steps: int | None, progress: bool | None = None, done: int = 0) -> None:
-        from tqdm import tqdm
-
         self._epochs, self._steps = epochs, steps
         self.text = ""
-        self._bar: Any = tqdm(
+        self._bar = bar(
+            progress,
             total=None if steps is None else epochs * steps,
             initial=done,
             desc=self._description(done),
             unit="step",
-            disable=None if progress is None else not progress,
             dynamic_ncols=True,
             bar_format=None if steps is None else BAR,
         )

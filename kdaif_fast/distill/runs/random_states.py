@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..._warn import warn_user
@@ -30,6 +29,8 @@ def random_state() -> dict[str, Any]:
         >>> torch.equal(torch.rand(2), first)
         True
     """
+    import numpy as np
+
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),
@@ -65,6 +66,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _set(state: Mapping[str, Any]) -> None:
+    import numpy as np
+
     torch.set_rng_state(state["torch"])
     for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(of_device, device)

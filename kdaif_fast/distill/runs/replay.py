@@ -8,7 +8,6 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -276,15 +275,15 @@ def _epochs(loader: Any) -> dict[str, int]:
     return {name: epoch for name, epoch in told.items() if isinstance(epoch, int)}
 
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-
-
 def _generators(loader: Any) -> dict[str, Any]:
     """The random generators that the loader and its parts hold, by the names of the attributes."""
+    import numpy as np
+
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     found = {}
     for path, part in _parts(loader).items():
         for name, value in _attributes(part).items():
-            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):  # which has no state
+            if isinstance(value, kinds) and not isinstance(value, random.SystemRandom):  # which has no state
                 found[f"{path}.{name}"] = value
     return found
 
@@ -294,6 +293,8 @@ def _states(loader: Any) -> dict[str, Any]:
 
 
 def _state_of(generator: Any) -> Any:
+    import numpy as np
+
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
@@ -304,6 +305,8 @@ def _state_of(generator: Any) -> Any:
 
 
 def _set_states(loader: Any, states: Mapping[str, Any]) -> None:
+    import numpy as np
+
     generators = _generators(loader)
     if set(generators) != set(states):
         raise ValueError(

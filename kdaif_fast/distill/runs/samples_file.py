@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..._files import write_whole
-from .sample_contents import Content, describe_samples
+
+if TYPE_CHECKING:
+    from .sample_contents import Content
 
 ARRAYS, CONTENTS = "samples.safetensors", "samples.json"
 FORMAT = "kdaif_fast samples 1"
@@ -214,6 +216,8 @@ def write_contents(
         ValueError: a `top` that is not positive.
         OSError: it cannot be written. A sample that cannot be shown is none: the file says why.
     """
+    from .sample_contents import describe_samples
+
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise ValueError(f"top is {top!r}, expected a whole number > 0")
     samples = read_samples(run_dir)
@@ -257,6 +261,8 @@ def read_samples(run_dir: str | os.PathLike[str]) -> Samples:
 
 
 def _read_contents(path: Path) -> dict[str, Any]:
+    from .sample_contents import Content
+
     if not path.exists():
         return {}
     try:

@@ -7,11 +7,13 @@ import math
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS = (
     "tensors, arrays and numbers of numpy, dictionaries, lists, tuples, numbers, strings, bytes, bools, None, "
@@ -59,6 +61,8 @@ class _Parts:
         self._taken: dict[int, list[tuple[int, int]]] = {}  # addresses in use, by storage
 
     def structure(self, value: Any, keys: tuple[Any, ...]) -> Any:
+        import numpy as np
+
         kind = type(value)
         if value is None or kind in (bool, int, str):
             return value
@@ -91,6 +95,8 @@ class _Parts:
         raise TypeError(f"{_place(keys)} is a {kind.__module__}.{kind.__qualname__}, expected one of {KINDS}")
 
     def _items(self, value: Mapping[Any, Any], keys: tuple[Any, ...]) -> list[Any]:
+        import numpy as np
+
         for key in value:
             if type(key) not in _KEYS and not isinstance(key, np.generic):
                 raise TypeError(f"{_place(keys)} has the key {key!r}, expected strings, numbers or tuples as keys")
@@ -178,6 +184,8 @@ class _Whole:
         if kind == "complex":
             return complex(*map(self.value, content))
         if kind == "number":
+            import numpy as np
+
             return np.frombuffer(bytes.fromhex(content[1]), _numeric(content[0]))[0]
         if kind == "array":
             return self._find(content).numpy().view(_numeric(node["dtype"])).reshape(node["shape"])
@@ -207,6 +215,8 @@ def _place(keys: tuple[Any, ...]) -> str:
 
 
 def _numeric(text: str) -> np.dtype[Any]:
+    import numpy as np
+
     dtype: np.dtype[Any] = np.dtype(text)
     if dtype.kind not in _NUMERIC:
         raise ValueError(f"{text!r} is no dtype of numbers")

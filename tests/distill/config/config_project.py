@@ -1,9 +1,5 @@
 """A small project with a config, as a user has one: used by the tests of `kdaif-fast distill`."""
 
-from click.testing import CliRunner
-
-from kdaif_fast.cli import main
-
 PROJECT = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -102,6 +98,10 @@ def changed(folder, *changes):
 
 
 def distill(folder, *arguments):
+    from click.testing import CliRunner
+
+    from kdaif_fast.cli import main
+
     return CliRunner().invoke(main, ["distill", str(folder / "run.toml"), "--quiet", *arguments])
 
 

@@ -104,3 +104,40 @@ def test_cuda():
     first = torch.rand(5, device="cuda")
     set_random_state(state)
     assert torch.equal(torch.rand(5, device="cuda"), first)
+
+
+class Gpus:
+    """Stands for torch.cuda on a machine with some GPUs, whose generators are numbers."""
+
+    def __init__(self, monkeypatch, count):
+        self.states = [torch.tensor([number], dtype=torch.uint8) for number in range(count)]
+        answers = {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "device_count": lambda: len(self.states),
+            "get_rng_state_all": lambda: [state.clone() for state in self.states],
+            "set_rng_state": self.set,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def set(self, state, device):
+        self.states[device] = state
+
+
+def test_gpus_are_set_device_by_device(monkeypatch):
+    gpus = Gpus(monkeypatch, 2)
+    state = random_state()
+    gpus.states = [torch.tensor([7], dtype=torch.uint8)] * 2
+    set_random_state(state)
+    assert [int(x) for x in gpus.states] == [0, 1]
+
+
+def test_fewer_gpus_than_before(monkeypatch):
+    Gpus(monkeypatch, 2)
+    state = random_state()
+    gpus = Gpus(monkeypatch, 1)
+    gpus.states[0] += 5
+    with pytest.warns(UserWarning, match="2 CUDA devices to set, but 1"):
+        set_random_state(state)
+    assert int(gpus.states[0]) == 0

@@ -4,12 +4,10 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
 from kdaif_fast.distill.runs.sample_contents import LONGEST, WIDEST, Content, describe_samples
+from tests.properties import given, st, st_numpy
 
 
 def shown(*samples, image_shape=None):

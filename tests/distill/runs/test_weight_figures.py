@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from kdaif_fast.distill.runs.weight_figures import BINS, QUANTILES, weight_figures
+from tests.properties import given, st
 
 weights_and_flips = st.lists(
     st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 2.0]) | st.floats(0, 3, width=32), st.booleans()), min_size=1

@@ -42,6 +42,7 @@ _VECTORS, _PRODUCTS = Size(elements, 2**20), Size(multiplications, 2**30)
 SIZES = {
     **dict.fromkeys(("row_divergence", "row_divergence_with_grad", "row_divergence_grad"), _VECTORS),
     **dict.fromkeys(("row_divergence_hvp", "row_stats", "cg_update", "cg_dots"), _VECTORS),
+    **dict.fromkeys(("persample_layer_norm", "persample_group_norm", "persample_inner"), _VECTORS),
     **dict.fromkeys(("persample_dot", "persample_norm", "persample_grad", "weighted_grad"), _PRODUCTS),
 }
 """Of the ops that several backends have. 2^20 elements take 2 microseconds at 4 TB/s, 2^30 products 3 in bfloat16."""

@@ -22,6 +22,7 @@ from .ceilings import ceilings
 from .files import read_json, write_json
 from .heads import head_cases
 from .layers import convolution_cases, layer_cases, vector_cases
+from .norms import norm_cases
 from .rows import loss_cases, part_cases, product_cases, stats_cases
 from .scale import Scale
 from .steps import distillation_cases, influence_cases, step_cases
@@ -30,7 +31,7 @@ from .tuners import Tunings
 
 GROUPS: tuple[Callable[[Scale], list[Case]], ...] = (
     *(loss_cases, product_cases, layer_cases, head_cases, step_cases, influence_cases, stats_cases, vector_cases),
-    *(part_cases, convolution_cases, distillation_cases),
+    *(norm_cases, part_cases, convolution_cases, distillation_cases),
 )
 """By importance; of each group the first half comes before the second half of any."""
 CPU_CACHE = 2**20

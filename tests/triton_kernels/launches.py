@@ -60,15 +60,11 @@ def of_layers(module, op, amount):
         sizes = [((any_size(12), any_size(10), any_size(13)), any_size(13)) for _ in range(100)]
     everything = list(itertools.product(sizes, DTYPES, (False, True)))
     if amount in ("few", "quick"):
-        # Masks and odd strides cost bfloat16 most, whose tiles are the largest, and float32's widest offsets.
-        some = (torch.bfloat16,) if amount == "few" else (torch.bfloat16, torch.float32)
-        whole = sizes[: 2 if op == "persample_norm" else 1]
-        last = sizes[-1 if amount == "few" else len(sizes) :]
-        everything = [
-            (size, dtype, tf32)
-            for size, dtype, tf32 in everything
-            if size in whole or (size not in last and dtype in some and not tf32)
-        ]
+        whole, odd = sizes[: 2 if op == "persample_norm" else 1], sizes[-1]
+        # Masks cost bfloat16 most, whose tiles are the largest; odd strides make all tiles small.
+        masked = [(size, torch.bfloat16, False) for size in sizes if size not in whole]
+        everything = [case for case in everything if case[0] in whole]
+        everything += masked[:-1] if amount == "few" else [*masked, (odd, torch.float32, False)]
         if amount == "quick" and op in ("persample_grad", "persample_norm"):
             everything += [(ONE_POSITION, dtype, False) for dtype in DTYPES]
     for (shape, outputs), dtype, tf32 in everything:

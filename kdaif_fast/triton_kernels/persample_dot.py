@@ -17,6 +17,7 @@ it in the layout that the matrix units leave it in, and a quarter at a time need
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -211,11 +212,11 @@ def _of_dense(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tenso
     samples_of_tile = min(N, triton.cdiv(WIDEST, T) + 1)
     extents = [extent(inputs, samples_of_tile), extent(output_grads, samples_of_tile), extent(directions, 0)]
     index = index_type(*extents)
-    even_outputs, even_features = even(outputs, parts.rows), even(features, parts.columns)
+    every_rows, every_columns = math.gcd(outputs, parts.rows), math.gcd(features, parts.columns)  # divide all parts
     blocks = candidates(positions, parts.rows, parts.columns, for_offsets(product, index), K * number)
     # Beside the largest tiles there is no room for masks in registers.
     largest = SMALLEST_PART if product.blocks == IN_FULL else WIDEST
-    blocks = tuple(b for b in blocks if b.columns < largest or even_outputs % b.columns == even_features % b.depth == 0)
+    blocks = tuple(b for b in blocks if b.columns < largest or every_rows % b.columns == every_columns % b.depth == 0)
     kernel = tuned(_persample_dot_kernel, blocks, ("features", "outputs", "PRECISION"))
     with on_device_of(inputs):
         kernel[lambda chosen: (triton.cdiv(positions, chosen["ROWS"]) * K * number,)](
@@ -235,8 +236,8 @@ def _of_dense(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tenso
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index,
-            EVEN_OUTPUTS=even_outputs,
-            EVEN_FEATURES=even_features,
+            EVEN_OUTPUTS=even(every_rows, (b.columns for b in blocks)),
+            EVEN_FEATURES=even(every_columns, (b.depth for b in blocks)),
         )
     if number == T == 1 and K == 1:
         return partial.view(N, K)

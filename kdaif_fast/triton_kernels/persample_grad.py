@@ -159,8 +159,8 @@ def persample_grad(inputs: Tensor, output_grads: Tensor) -> Tensor:
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index,
-            EVEN_T=even(T),
-            EVEN_OUTPUTS=even(outputs),
-            EVEN_FEATURES=even(features),
+            EVEN_T=even(T, (b.depth for b in blocks)),
+            EVEN_OUTPUTS=even(outputs, (b.rows for b in blocks)),
+            EVEN_FEATURES=even(features, (b.columns for b in blocks)),
         )
     return grads

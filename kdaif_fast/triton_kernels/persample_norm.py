@@ -250,8 +250,8 @@ def _by_gram(inputs: Tensor, output_grads: Tensor, product: Product) -> Tensor:
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index_type(extent(inputs, 0), extent(output_grads, 0)),
-            EVEN_OUTPUTS=even(outputs),
-            EVEN_FEATURES=even(features),
+            EVEN_OUTPUTS=even(outputs, (b.depth for b in blocks)),
+            EVEN_FEATURES=even(features, (b.depth for b in blocks)),
             WHOLE=tiles == 1,
         )
     return partial.sum(1)
@@ -279,9 +279,9 @@ def _by_gradient(inputs: Tensor, output_grads: Tensor, product: Product) -> Tens
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index_type(extent(inputs, 0), extent(output_grads, 0)),
-            EVEN_T=even(T),
-            EVEN_OUTPUTS=even(outputs),
-            EVEN_FEATURES=even(features),
+            EVEN_T=even(T, (b.depth for b in blocks)),
+            EVEN_OUTPUTS=even(outputs, [side]),
+            EVEN_FEATURES=even(features, [side]),
         )
     return partial.sum(1)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -182,10 +182,9 @@ def parts_for(size: int, programs: int, smallest: int) -> int:
     return max(min(wanted, size // smallest), 1)
 
 
-def even(*sizes: int) -> int:
-    """The largest power of two that divides all the sizes, up to the widest block; 1 if no block is as narrow."""
-    divisor = math.gcd(WIDEST, *sizes)
-    return divisor if divisor >= NARROWEST else 1
+def even(size: int, sides: Iterable[int]) -> int:
+    """The largest of the blocks' sides that divides the size, 1 if none does: others would only compile them anew."""
+    return max((side for side in sides if size % side == 0), default=1)
 
 
 # Elements of the largest tile of which there is room for two in registers: one of a sample, one of the weighted sum.

@@ -141,7 +141,7 @@ def sample_by_sample_first(blocks: tuple[Blocks, ...], T: int) -> tuple[Blocks, 
     """The blocks with those first that weight sums of whole samples, if that happens rarely enough."""
 
     def comes_later(b: Blocks) -> bool:
-        return T < LONG_SAMPLE or even(T) % b.depth != 0 or b.rows * b.columns > MOST_OF_TWO.value
+        return T < LONG_SAMPLE or T % b.depth != 0 or b.rows * b.columns > MOST_OF_TWO.value
 
     return tuple(sorted(blocks, key=comes_later))
 
@@ -183,8 +183,8 @@ def weighted_grad(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tens
             WIDE=product.wide,
             PRECISION=product.precision,
             INDEX=index,
-            EVEN_T=even(T),
-            EVEN_OUTPUTS=even(outputs),
-            EVEN_FEATURES=even(features),
+            EVEN_T=even(T, (b.depth for b in blocks)),
+            EVEN_OUTPUTS=even(outputs, (b.rows for b in blocks)),
+            EVEN_FEATURES=even(features, (b.columns for b in blocks)),
         )
     return sums[0] if parts.number == 1 else sums.sum(0).to(inputs.dtype)

@@ -1,8 +1,9 @@
 """How many registers each kernel takes: what tests compare, and how to note it anew.
 
-    python -m tests.registers [cuda] [triton]    compiles, writes the tables, and says what changed
+    python -m tests.registers [cuda] [triton] [--op OP]    compiles, writes the tables, and says what changed
 
-The tables are cuda.json, and triton-VERSION.json for the versions of Triton that were asked. A kernel with a few more
+With --op, only these ops of Triton: what was noted of the others stays. The tables are cuda.json, and
+triton-VERSION.json for the versions of Triton that were asked. A kernel with a few more
 registers than noted may have fewer threads on a multiprocessor, and be slower, without any test of its results failing.
 So a jump is to be explained, and only then noted.
 """
@@ -29,9 +30,9 @@ def gathered(found):
     return result
 
 
-def of_triton(binaries, capability):
+def of_triton(binaries):
     """A table from what tests/triton_kernels/compiling.py reports."""
-    return gathered((b["kernel"], f"{b['dtype']} {b['block']}", capability, b["registers"]) for b in binaries)
+    return gathered((b["kernel"], f"{b['dtype']} {b['block']}", b["architecture"], b["registers"]) for b in binaries)
 
 
 def of_cuda(uses):

@@ -1,9 +1,9 @@
-"""Notes anew how many registers each kernel takes: python -m tests.registers [cuda] [triton]."""
+"""Notes anew how many registers each kernel takes: python -m tests.registers [cuda] [triton] [--op OP]."""
 
+import argparse
 import concurrent.futures
 import re
 import subprocess
-import sys
 
 from tests import registers
 from tests.registers import cuda
@@ -16,25 +16,30 @@ def note_cuda():
     return registers.write("cuda", registers.of_cuda(uses), f"nvcc {re.search('release ([0-9.]+)', version)[1]}")
 
 
-def note_triton():
-    """What the quick tests compile of the Triton kernels: each architecture in a process of its own."""
+def note_triton(ops):
+    """What the quick tests compile of the Triton kernels: each op and architecture in a process of its own."""
     import triton
 
-    from tests.triton_kernels.compiling import OPS, compiled
+    from tests.triton_kernels.compiling import OPS, compiled, recorded
 
-    jobs = [(90, "quick", op) for op in OPS] + [(80, "few", op) for op in OPS]
+    ops = ops or OPS
+    jobs = [(90, "quick", op) for op in ops] + [(80, "few", op) for op in ops]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda job: [(job[0], b) for b in compiled(*job)], jobs))
-    found = registers.gathered(
-        (b["kernel"], f"{b['dtype']} {b['block']}", capability, b["registers"])
-        for report in reports
-        for capability, b in report
-    )
-    version = ".".join(triton.__version__.split(".")[:2])
-    return registers.write(f"triton-{version}", found, f"Triton {triton.__version__}")
+        reports = list(pool.map(lambda job: compiled(*job), jobs))
+    name = f"triton-{'.'.join(triton.__version__.split('.')[:2])}"
+    anew = {kernel for kernel, _, _ in recorded("quick", *ops)}
+    kept = {kernel: noted for kernel, noted in (registers.table(name) or {}).items() if kernel not in anew}
+    if ops == OPS:
+        kept = {}  # kernels that are no more
+    found = registers.of_triton([b for report in reports for b in report])
+    return registers.write(name, kept | found, f"Triton {triton.__version__}")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("cuda", "triton"):
-        changes = {"cuda": note_cuda, "triton": note_triton}[name]()
+    parser = argparse.ArgumentParser(prog="python -m tests.registers", description=__doc__)
+    parser.add_argument("of", nargs="*", metavar="cuda|triton", help="both if neither is named")
+    parser.add_argument("--op", action="append", default=[], help="only this op of Triton; may be given several times")
+    asked = parser.parse_args()
+    for name in asked.of or ["cuda", "triton"]:
+        changes = {"cuda": note_cuda, "triton": lambda: note_triton(asked.op)}[name]()
         print(f"{name}: {len(changes)} changes", *changes, sep="\n  ")

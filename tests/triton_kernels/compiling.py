@@ -22,9 +22,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-OPS = ("row_divergence", "row_stats", "persample_dot", "persample_grad", "persample_norm", "weighted_grad", "cg_update")
+PRODUCTS = ("persample_dot", "persample_grad", "persample_norm", "weighted_grad")
+SUMS = ("persample_layer_norm", "persample_group_norm", "persample_inner")
+OPS = ("row_divergence", "row_stats", *PRODUCTS, *SUMS, "cg_update")
 INSTRUCTIONS = r"\b(?:LDL|STL|RED|REDG|ATOM|ATOMG|ATOMS|LDGSTS|LDG|STG|UTMALDG|HMMA|HGMMA|IMMA)\b[A-Z0-9.]*"
 SIZES = ("ROWS", "COLUMNS", "DEPTH", "BLOCK", "CHUNK", "SAMPLES", "WIDTH", "TILE", "PRECISION")
+EVEN = {"EVEN_T": "DEPTH", "EVEN_OUTPUTS": "ROWS", "EVEN_FEATURES": "COLUMNS"}  # the side of a block that matters
+EVEN_OF = {
+    "_persample_dot_kernel": {"EVEN_OUTPUTS": "COLUMNS", "EVEN_FEATURES": "DEPTH"},
+    "_gram_kernel": {"EVEN_OUTPUTS": "DEPTH", "EVEN_FEATURES": "DEPTH"},
+}
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -63,6 +70,18 @@ def instructions_of(cubin):
     return {name: found.count(name) for name in sorted(set(found))}
 
 
+def ways_of(ttgir):
+    """How a Hopper's matrix units are fed, if they are: what the main loop of a product has beside the product."""
+    products = re.findall(r"warp_group_dot %.*", ttgir)
+    waits = re.findall(r"warp_group_dot_wait .*pendings = (\d+)", ttgir)
+    found = {
+        "from-shared": all(re.search(r": !ttg.memdesc<.*> \* !ttg.memdesc<", line) for line in products),
+        "asynchronous": all("isAsync = true" in line for line in products) and "1" in waits,
+        "loaded-ahead": "async_copy_global_to_local" in ttgir,
+    }
+    return [way for way, is_so in found.items() if is_so] if products else []
+
+
 def block_of(function, args, named):
     """What decides how many registers a kernel needs, in words: sizes of tiles, precision, warps, stages."""
     given = dict(zip(function.arg_names, args, strict=False)) | named
@@ -71,12 +90,23 @@ def block_of(function, args, named):
     return " ".join([*(f"{name}={given[name]}" for name in constants if name in given), *launch])
 
 
+def evenly(function, given):
+    """Whether blocks divide each of the sizes: what they divide has no mask."""
+    sides = {**EVEN, **EVEN_OF.get(function.__name__, {})}
+    return {name: given[name] % given[side] == 0 for name, side in sides.items() if name in given}
+
+
 def variant_of(function, args, named):
     """What else may make a difference worth looking at: types, options, and what sizes are divisible by."""
     given = dict(zip(function.arg_names, args, strict=False)) | named
-    constants = [given[p.name] for p in function.params if p.is_constexpr and p.name in given and p.name not in SIZES]
+    constants = {p.name: given[p.name] for p in function.params if p.is_constexpr and p.name in given}
+    even = evenly(function, given)
+
+    def difference(name, value):
+        return even.get(name, value > 1 if name == "TOP_K_WIDTH" else value)
+
     aligned = all(x == 1 or x % 16 == 0 for x in given.values() if type(x) is int and x > 0)
-    return str([x > 1 if type(x) is int else x for x in constants]), aligned
+    return str([difference(name, value) for name, value in constants.items() if name not in SIZES]), aligned
 
 
 def dtype_of(args, named):
@@ -160,10 +190,13 @@ class Compiler:
             "kernel": function.__name__,
             "dtype": dtype,
             "block": block,
+            "architecture": int(sys.argv[1]),
             "registers": int(re.search(r"Used (\d+) registers", ptxas)[1]),
             "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", ptxas))),
             "shared": kernel.metadata.shared,
             "loads": kernel.asm["ttir"].count("tt.load"),
+            "even": all(evenly(function, dict(zip(function.arg_names, args, strict=False)) | named).values()),
+            "ways": ways_of(kernel.asm["ttgir"]),
             "instructions": instructions_of(kernel.asm["cubin"]),
         }
         print(json.dumps(report), file=self.out, flush=True)

@@ -12,15 +12,22 @@ triton = pytest.importorskip("triton")
 
 from tests import registers  # noqa: E402
 
-from .compiling import OPS, compiled, disassembler, recorded  # noqa: E402
+from .compiling import OPS, PRODUCTS, SUMS, compiled, disassembler, recorded  # noqa: E402
 
 MOST_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block
 ON_EVERY_GPU = 99 * 1024  # of a block on the smallest of the GPUs that have bfloat16
 VERSION = ".".join(triton.__version__.split(".")[:2])
 # A thread has 4 elements: with 8, registers are spilled on sm_80.
 EIGHT_BYTES_A_LOAD = {("_row_stats_kernel", "bfloat16"), ("_row_stats_kernel", "float16")}
+WRITES_MORE = {"_outer_product_kernel"}  # than it reads: hundreds of times as much
 ON_TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
-
+WAYS = ["from-shared", "asynchronous", "loaded-ahead"]
+TOGETHER = [  # compiled by one process, which takes seconds to start
+    ("row_divergence",),
+    PRODUCTS[:2],
+    PRODUCTS[2:],
+    (*SUMS, "row_stats", "cg_update"),
+]
 AMOUNTS = [
     pytest.param(80, "few"),
     pytest.param(90, "quick"),
@@ -34,59 +41,75 @@ def has(binary, *starts):
     return any(name.startswith(starts) for name in binary["instructions"])
 
 
-@needs_a_disassembler
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("capability", "amount"), AMOUNTS)
-def test_binaries(op, capability, amount):
-    binaries = compiled(capability, amount, op)
-    assert binaries
-    assert [b for b in binaries if b["spilled"] or has(b, "LDL", "STL")] == []
-    assert [b for b in binaries if b["shared"] > MOST_SHARED_MEMORY[capability]] == []
-    assert [b for b in binaries if has(b, "RED", "ATOM")] == []
-    kernels = {(b["kernel"], b["dtype"]): [] for b in binaries}
+def by(binaries, *names):
+    """Those that agree in these, together."""
+    found = {}
     for b in binaries:
-        kernels[b["kernel"], b["dtype"]].append(b)
-    for name, of_kernel in kernels.items():
+        found.setdefault(tuple(b[name] for name in names), []).append(b)
+    return found
+
+
+def wrong_anywhere(b):
+    """What no binary may have."""
+    if b["spilled"] or has(b, "LDL", "STL"):
+        yield "spills registers"
+    if b["shared"] > MOST_SHARED_MEMORY[b["architecture"]]:
+        yield "takes more shared memory than there is"
+    if has(b, "RED", "ATOM"):
+        yield "adds atomically"
+
+
+def wrong_in_products(b):
+    """float32 is multiplied in full, unless torch's setting allows TF32; what a Hopper's main loop consists of."""
+    if "PRECISION=ieee" in b["block"] and b["dtype"] == "float32" and has(b, "HMMA", "HGMMA"):
+        yield "is not multiplied in full"
+    weighted_on_load = b["kernel"] == "_weighted_grad_kernel" and "COLUMNS=256" in b["block"]
+    if b["architecture"] == 90 and b["dtype"] == "bfloat16" and b["even"] and b["ways"] != WAYS[weighted_on_load:]:
+        yield f"is fed otherwise: {b['ways']}"
+
+
+@needs_a_disassembler
+@pytest.mark.parametrize("ops", TOGETHER, ids="-".join)
+@pytest.mark.parametrize(("capability", "amount"), AMOUNTS)
+def test_binaries(ops, capability, amount):
+    """All that is asked of them, in one test: to compile takes much longer than to look."""
+    binaries = compiled(capability, amount, *ops)
+    assert [f"{b} {wrong}" for b in binaries for wrong in wrong_anywhere(b)] == []
+    for name, of_kernel in by(binaries, "kernel", "dtype").items():
         assert min(b["shared"] for b in of_kernel) <= ON_EVERY_GPU, name
         width = "64" if name in EIGHT_BYTES_A_LOAD else "128"
-        assert any(width in i for b in of_kernel for i in b["instructions"] if i.startswith(("LDG", "UTMA"))), name
+        moved = "STG" if name[0] in WRITES_MORE else ("LDG", "UTMA")
+        assert any(width in i for b in of_kernel for i in b["instructions"] if i.startswith(moved)), name
+    noted = registers.table(f"triton-{VERSION}")
+    if noted is not None and amount != "thorough":
+        # `python -m tests.registers triton` notes them anew, where a jump has been explained.
+        assert registers.jumps(noted, registers.of_triton(binaries)) == []
+    if ops == ("row_divergence",) and (capability, amount) == (90, "quick"):
+        check_that_rows_are_read_once(binaries)
+    products = [b for b in binaries if "PRECISION" in b["block"]]
+    assert bool(products) == (ops[0] in PRODUCTS)
+    assert [f"{b} {wrong}" for b in products for wrong in wrong_in_products(b)] == []
+    for name, of_kernel in by(products, "kernel").items():
+        assert any(has(b, ON_TENSOR_CORES[capability]) for b in of_kernel if b["dtype"] == "bfloat16"), name
+        assert any("PRECISION=ieee" in b["block"] and b["dtype"] == "float32" for b in of_kernel), name
+        assert capability != 90 or any(b["ways"] == WAYS for b in of_kernel), name
 
 
-@needs_a_disassembler
-@pytest.mark.parametrize("op", ["persample_dot", "persample_grad", "persample_norm", "weighted_grad"])
-@pytest.mark.parametrize(("capability", "amount"), AMOUNTS[:2])
-def test_products_are_formed_on_tensor_cores(op, capability, amount):
-    """But those of float32 are formed in full, unless torch's setting allows TF32."""
-    binaries = compiled(capability, amount, op)
-    assert any(has(b, ON_TENSOR_CORES[capability]) for b in binaries if b["dtype"] == "bfloat16")
-    in_full = [b for b in binaries if "PRECISION=ieee" in b["block"] and b["dtype"] == "float32"]
-    assert in_full
-    assert not any(has(b, "HMMA", "HGMMA") for b in in_full)
-
-
-@needs_a_disassembler
-def test_rows_of_one_block_are_read_once():
-    """Student, teacher or tangent, label, and the student's logit at the label."""
-    binaries = compiled(90, "quick", "row_divergence")
-    plain = [b for b in binaries if "BLOCK=1024" in b["block"]]
-    assert {kernel: min(b["loads"] for b in plain if b["kernel"] == kernel) for kernel in KERNELS_OF_ROWS} == {
+def check_that_rows_are_read_once(binaries):
+    """Those of one block: student, teacher or tangent, label, and the student's logit at the label."""
+    narrow = by([b for b in binaries if "BLOCK=1024" in b["block"]], "kernel")
+    assert {kernel: min(b["loads"] for b in of_kernel) for (kernel,), of_kernel in narrow.items()} == {
         "row_divergence_kernel": 4,
         "row_divergence_hvp_kernel": 3,
     }
 
 
-KERNELS_OF_ROWS = ("row_divergence_kernel", "row_divergence_hvp_kernel")
-
-
-@needs_a_disassembler
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("capability", "amount"), AMOUNTS[:2])
-def test_registers(op, capability, amount):
-    """`python -m tests.registers triton` notes them anew, where a jump has been explained."""
-    noted = registers.table(f"triton-{VERSION}")
-    if noted is None:
-        pytest.skip(f"no registers were noted for Triton {VERSION}")
-    assert registers.jumps(noted, registers.of_triton(compiled(capability, amount, op), capability)) == []
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_hopper_has_tiles_of_its_own(op):
+    """The launchers ask Triton's driver what GPU there is."""
+    blocks = [{b for _, dtype, b in recorded("few", op, capability=c) if dtype == "bfloat16"} for c in (80, 90)]
+    assert all("DEPTH=64" not in b for b in blocks[0])
+    assert any("DEPTH=64" in b for b in blocks[1])
 
 
 def test_every_kernel_is_launched():

@@ -112,8 +112,8 @@ def test_samples_as_wholes_come_first_where_steps_are_of_one(monkeypatch):
 
 
 def test_even():
-    assert [even(n) for n in (1, 8, 16, 48, 784, 768, 4096)] == [1, 1, 16, 16, 16, 256, 256]
-    assert even(768, 384) == 128
+    assert [even(n, (128, 64)) for n in (1, 48, 64, 192, 768, 4096)] == [1, 1, 64, 64, 128, 128]
+    assert even(784, [16]) == 16
 
 
 def test_the_longer_side_of_a_direction_is_summed_over_first():

@@ -83,7 +83,7 @@ class CMakeBuild(build_ext):
     def _cuda_obstacle(wanted: str) -> str | None:
         if wanted == "cpu":
             return "not asked for (KDAIF_BUILD=cpu)"
-        return None if find_nvcc() else "nvcc was not found on the PATH"
+        return None if find_nvcc() else "nvcc was not found on the PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"
 
     def _cmake(self, cuda: bool) -> bool:
         # Kept between builds: setuptools' own folder is a fresh temporary one for editable installs.

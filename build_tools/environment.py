@@ -14,6 +14,7 @@ from typing import NamedTuple
 # against its headers run on every torch >= 2.10.
 TORCH_FOR_BUILDING = "torch==2.13.0"
 OLDEST_TORCH = (2, 10)
+USUAL_TOOLKIT = "/usr/local/cuda"
 
 _LOCATE_TORCH = """
 import importlib.metadata, importlib.util, json, pathlib
@@ -61,8 +62,17 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc: $CUDACXX if set, else the PATH. A toolkit that is not on the PATH has not been asked for."""
-    return shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    """Path of nvcc: $CUDACXX if set, which may name nothing; else on the PATH, else where toolkits are installed."""
+    wanted = os.environ.get("CUDACXX")
+    if wanted:
+        return shutil.which(wanted)
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(toolkit_folders()))
+
+
+def toolkit_folders() -> list[str]:
+    """Where the programs of a CUDA toolkit are, which its installer does not put on the PATH."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), USUAL_TOOLKIT]
+    return [str(Path(toolkit) / "bin") for toolkit in toolkits if toolkit]
 
 
 def wanted_build() -> str:

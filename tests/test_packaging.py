@@ -160,7 +160,7 @@ def test_without_a_compiler_it_installs_and_says_so(environment, source, tmp_pat
     options = [] if isolated else ["--no-build-isolation"]
     if not isolated:
         environment.pip("setuptools>=77")
-    log = environment.pip(*options, str(source), PATH=without(tmp_path, *COMPILERS, "nvcc"))
+    log = environment.pip(*options, str(source), PATH=without(tmp_path, *COMPILERS, "nvcc"), CUDACXX="none")
     assert "no C++ compiler was found" in log.stdout + log.stderr
     state, warned = environment.use()
     assert "no C++ compiler was found" in state
@@ -183,7 +183,7 @@ def test_a_failing_nvcc_ends_in_a_cpu_build(environment, source, tmp_path):
 @slow
 def test_asking_for_cuda_without_nvcc_is_an_error(environment, source, tmp_path):
     environment.lend_torch()
-    log = environment.pip(str(source), PATH=without(tmp_path, "nvcc"), KDAIF_BUILD="cuda", check=False)
+    log = environment.pip(str(source), PATH=without(tmp_path, "nvcc"), KDAIF_BUILD="cuda", CUDACXX="none", check=False)
     assert log.returncode != 0
     assert "KDAIF_BUILD=cuda, but the cuda kernels could not be built: nvcc was not found" in log.stdout + log.stderr
 

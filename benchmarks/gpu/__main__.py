@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -24,6 +25,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from build_tools.environment import toolkit_folders
 
 from .files import read_json, write, write_json
 from .plan import ROOT, Plan, cores
@@ -239,6 +242,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so through what stops the stages
     out = arguments.out or (ROOT / "build/rehearsal-results" if arguments.rehearse else ROOT / "benchmarks/results")
+    # The sanitizer's program and nvcc, which tests ask for too, may be there without being on the PATH.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *toolkit_folders()])
     only = tuple(stage for stage in (*STAGES, PLANS) if stage in arguments.only)
     sys.exit(Runner(out.resolve(), arguments.minutes, only, arguments.rehearse).run())
 

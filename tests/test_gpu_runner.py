@@ -120,6 +120,13 @@ class TestSanitizer:
             ),
             (INVALID.format("_persample_dot_kernel") + "========= ERROR SUMMARY: 1 error\n", 0, ("failed", 1, 0)),
             (INVALID.format("void at::native::other(int)") + "========= ERROR SUMMARY: 1 error\n", 0, ("ok", 0, 1)),
+            (
+                "========= Host API memory access error at host access to 0x500 of size 64 bytes\n"
+                "=========     Uninitialized access at 0x500 on access by cudaMemcpy source\n"
+                "========= ERROR SUMMARY: 1 error\n",
+                0,
+                ("failed", 1, 0),
+            ),
             ("========= Something new\n========= ERROR SUMMARY: 2 errors\n", 0, ("failed", 0, 0)),
             ("========= Error: Device not supported. Please refer to the list.\n", 1, ("refused the device", 0, 0)),
             ("Segmentation fault\n", -11, ("failed: it wrote no summary", 0, 0)),
@@ -300,6 +307,31 @@ class TestCases:
         assert by_way["cpu"]["targets"] == {"some share": True, "fast": False}
         assert "targets" not in by_way["reference"]
 
+    def test_results_are_kept_until_they_overflow_the_cache(self):
+        import torch
+
+        bench, live, most = self.bench(), [], []
+        bench.cache = 4 * 300
+
+        def way(inputs):
+            import weakref
+
+            def call():
+                result = torch.ones(400)  # 1,600 of 3 * 1,200 bytes
+                live.append(weakref.ref(result))
+                most.append(sum(ref() is not None for ref in live))
+                return result
+
+            return call
+
+        sets, case = [0] * 8, self.case(cpu=way)
+        assert bench.results_kept(torch.ones(400), len(sets)) == 3
+        assert bench.results_kept(torch.ones(400), 2) == 2
+        assert bench.results_kept(None, 2) == 0
+        bench._time(case, {"way": "cpu"}, [way(None) for _ in sets], 3)
+        assert max(most) == 4  # three, and the new one
+        assert not any(ref() is not None for ref in live)
+
     def test_floors_are_the_longer_of_bytes_and_operations(self):
         case, bench = self.case(), self.bench()
         from dataclasses import replace
@@ -307,6 +339,36 @@ class TestCases:
         assert bench.floor(replace(case, bytes=1e9, operations=1e12, rate="bf16")) == pytest.approx(1)
         assert bench.floor(replace(case, bytes=1.0, operations=2e12, rate="bf16")) == pytest.approx(2)
         assert bench.floor(replace(case, bytes=0.0)) is None
+
+
+@pytest.mark.parametrize(("asking", "together"), [(1e-5, 20), (2e-4, 20), (4e-3, 1), (0.3, 1), (0.0, 1)])
+def test_the_gpu_sleeps_until_everything_is_asked_for(asking, together, monkeypatch):
+    import torch
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+
+        def elapsed_time(self, other):
+            return 7.0
+
+    asked, batches = [], []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: batches.append((len(asked), cycles)))
+    timer = timing.Timer("cuda")
+    monkeypatch.setattr(timer, "wait", lambda: None)
+    found = timer._events([lambda: asked.append("call")] * 3, 100, together, asking)
+    assert found == [pytest.approx(7e-3 / together)] * 100
+    assert asked.count("call") == 100 * together
+    assert bool(batches) == (asking > 0)
+    ends = [begin for begin, _ in batches[1:]] + [len(asked)]
+    for (begin, cycles), end in zip(batches, ends[: len(batches)], strict=True):
+        calls = asked[begin:end].count("call")
+        assert cycles <= timing.LONGEST_SLEEP * timing.CYCLES
+        assert cycles / timing.CYCLES > 1.2 * asking * calls or calls == together
 
 
 def test_a_case_that_ends_the_process_costs_only_itself(tmp_path):

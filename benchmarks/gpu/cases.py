@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,15 @@ def unchecked(call: Call) -> Call:
     return run
 
 
+def keeping(call: Call, kept: deque[Any]) -> Call:
+    """The call, whose result stays until as many others are there: else each is written where the last one was."""
+
+    def run() -> None:
+        kept.append(call())
+
+    return run
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors of nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
@@ -182,6 +192,11 @@ class Bench:
         count = 2 if self.device == "cpu" else min(max(math.ceil(CACHES * self.cache / held), 2), case.most_sets)
         return [first, *(case.inputs() for _ in range(count - 1))]
 
+    def results_kept(self, result: Any, sets: int) -> int:
+        """As many results as overflow the cache, so that writing one is writing to memory; at most one a set."""
+        size = sum(x.numel() * x.element_size() for x in tensors_in(result))
+        return min(math.ceil(CACHES * self.cache / size), sets) if size else 0
+
     def run(self, case: Case) -> list[dict[str, Any]]:
         """A row for each way. One that fails says so in its row, and the others are measured."""
         with tf32(case.tf32):
@@ -205,8 +220,9 @@ class Bench:
                 elif expected is not None and result is not None:
                     row["error"] = error_of(result, expected)
                     row["is_right"] = row["error"] <= tolerance
+                keeps = self.results_kept(result, len(sets))
                 del result
-                self._time(case, row, calls)
+                self._time(case, row, calls, keeps)
             except SkippedError as reason:
                 row["skipped"] = str(reason)
             except Exception as error:  # one way that fails shall not cost the others
@@ -238,8 +254,10 @@ class Bench:
                 with tf32(case.tf32), contextlib.suppress(Exception):  # whoever times it says what is wrong
                     prepare(inputs)()
 
-    def _time(self, case: Case, row: dict[str, Any], calls: list[Call]) -> None:
-        timing = self.timer.time(calls, case.asks_ahead)
+    def _time(self, case: Case, row: dict[str, Any], calls: list[Call], keeps: int) -> None:
+        kept: deque[Any] = deque(maxlen=keeps)
+        timing = self.timer.time([keeping(call, kept) for call in calls], case.asks_ahead)
+        kept.clear()
         row |= {
             "seconds": [timing.seconds],
             "low": timing.low,

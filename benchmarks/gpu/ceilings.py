@@ -12,13 +12,16 @@ from .timing import Call, Timer
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Products of float32 on the matrix units, or in full."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    """Products and convolutions of float32 on the matrix units, or in full, which torch does to products alone."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _copy(elements: int, device: str) -> Call:

@@ -204,7 +204,7 @@ def convolution_cases(scale: Scale) -> list[Case]:
     N, C, O, side = (2, 3, 4, 6) if scale.tiny else (64, 64, 64, 56)  # noqa: E741
     geometry = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     cases = []
-    for dtype, label, rate in ((torch.float32, "float32", "float32"), (torch.bfloat16, "bfloat16", "bf16")):
+    for dtype, tf32, label, rate in (*KINDS, IN_FULL):
 
         def inputs(dtype: torch.dtype = dtype) -> dict[str, Tensor]:
             def random(*shape: int) -> Tensor:
@@ -226,6 +226,7 @@ def convolution_cases(scale: Scale) -> list[Case]:
                 operations=2.0 * N * side * side * C * O * 9,
                 bytes=float(N * side * side * (C + O) * dtype.itemsize),
                 rate=rate,
+                tf32=tf32,
             )
         )
     return cases

@@ -54,7 +54,7 @@ class Run:
 
     def __init__(self, out: Path, scale: Scale, seconds: float) -> None:
         self.out, self.scale, self.end = out, scale, time.monotonic() + seconds
-        self.timer = Timer(scale.device, 0.001 if scale.tiny else 0.15)
+        self.timer = Timer(scale.device, 0.001 if scale.tiny else 0.12)
         self.tunings = Tunings()
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.skipped: list[str] = []

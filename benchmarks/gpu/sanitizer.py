@@ -11,7 +11,9 @@ REFUSAL = re.compile(
     r"Device not supported|not supported on this|Unable to find injection|Target application .*not supported"
 )
 TOTAL = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
-REPORT = re.compile(r"^=+ (Invalid|Misaligned|Uninitialized|Error: |Warning: |Race|Program hit|Out-of-range)(.*)$")
+REPORT = re.compile(
+    r"^=+ (Invalid|Misaligned|Uninitialized|Error: |Warning: |Race|Program hit|Out-of-range|Host API)(.*)$"
+)
 PLACE = re.compile(r"^=+\s+(?:at|in|by)?\s*.*?((?:void )?[A-Za-z_][\w:]*(?:<.*>)?(?:\(.*?\))?)\+0x")
 LONGEST = 40  # lines of a report
 TRITON_KERNEL = re.compile(r"^@triton\.jit.*?^def (\w+)\(", re.MULTILINE | re.DOTALL)

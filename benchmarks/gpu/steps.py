@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.baselines.func_influence import func_influence_scores
 from benchmarks.baselines.naive_influence import naive_influence_scores
 from benchmarks.baselines.plain_mlp_influence import plain_influence_scores
-from kdaif_fast import influence_scores, sigmoid_weights
+from kdaif_fast import influence_weights, sigmoid_weights
 from kdaif_fast.distill import Distiller
 from kdaif_fast.per_sample import weighted_step
 
@@ -79,12 +79,15 @@ def _weighted(training: Training, direction: dict[str, Tensor], batch: tuple[Ten
 
 
 def influence_cases(scale: Scale) -> list[Case]:
-    """Scores of a training batch, from the model to phi: this library, torch.func, matrix products, a naive loop."""
+    """Weights of a training batch, from the model on: this library, torch.func, matrix products, a naive loop."""
     N, width = (24, 8) if scale.tiny else (2048, 512)
     damping, tol = 0.1, 1e-2
-    torch.manual_seed(0)
-    layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-    model = nn.Sequential(*layers).to(scale.device)
+
+    @functools.cache
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+        return nn.Sequential(*layers).to(scale.device)
 
     def inputs() -> dict[str, tuple[Tensor, Tensor]]:
         def samples(count: int) -> tuple[Tensor, Tensor]:
@@ -94,14 +97,18 @@ def influence_cases(scale: Scale) -> list[Case]:
         return {"batch": samples(N), "val": samples(N // 4)}
 
     def ours(x: dict[str, Any]) -> Call:
-        return lambda: influence_scores(model, x["batch"], x["val"], damping=damping, tol=tol)
+        return lambda: influence_weights(model(), x["batch"], x["val"], damping=damping, tol=tol)
 
-    def others(function: Callable[..., Tensor], **options: Any) -> Callable[[dict[str, Any]], Call]:
-        return lambda x: lambda: function(model, x["batch"], x["val"], damping=damping, tol=tol, **options)
+    def others(scores: Callable[..., Tensor], **options: Any) -> Callable[[dict[str, Any]], Call]:
+        def prepare(x: dict[str, Any]) -> Call:
+            options_of_all = {"damping": damping, "tol": tol, **options}
+            return lambda: sigmoid_weights(scores(model(), x["batch"], x["val"], **options_of_all))
+
+        return prepare
 
     return [
         Case(
-            *("influence scores", f"64-{width}-{width}-10, N {N}, CG to {tol:g}", "float32", inputs),
+            *("influence weights", f"64-{width}-{width}-10, N {N}, CG to {tol:g}", "float32", inputs),
             {
                 "kdaif_fast": ours,
                 "torch.func": others(func_influence_scores),
@@ -123,8 +130,7 @@ def influence_cases(scale: Scale) -> list[Case]:
 class Loop:
     """A distiller with data to go round and round: one step after the other, along a direction that is there."""
 
-    def __init__(self, mechanism: str, scale: Scale) -> None:
-        N, width = (8, 16) if scale.tiny else (1024, 512)
+    def __init__(self, mechanism: str, scale: Scale, N: int, width: int) -> None:
         torch.manual_seed(0)
 
         def network() -> nn.Module:
@@ -148,7 +154,6 @@ class Loop:
         )
         self.batches = list(self.distiller.prepare([batch() for _ in range(4)], batch()))
         self.distiller.start_epoch(0)
-        self.shape = f"64-{width}-{width}-10, N {N}"
 
     def step(self) -> None:
         """Train on the next batch."""
@@ -157,10 +162,11 @@ class Loop:
 
 def distillation_cases(scale: Scale) -> list[Case]:
     """A step of both networks: mechanism M3, weights in every step, against the same without weights."""
-    kept = functools.cache(lambda mechanism: Loop(mechanism, scale))
+    N, width = (8, 16) if scale.tiny else (1024, 512)
+    kept = functools.cache(lambda mechanism: Loop(mechanism, scale, N, width))
     return [
         Case(
-            *("distillation step, M3", kept("online").shape, "float32", lambda: ()),
+            *("distillation step, M3", f"64-{width}-{width}-10, N {N}", "float32", lambda: ()),
             {
                 PLAIN: lambda _: unchecked(kept("online").step),
                 "kdaif_fast": lambda _: unchecked(kept("M3").step),

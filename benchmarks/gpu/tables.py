@@ -144,7 +144,7 @@ def _ceilings(found: Mapping[str, Any]) -> list[str]:
 
 def _rows(found: Mapping[str, Any]) -> list[str]:
     text = (
-        "time: what the GPU needs, the median of the better pass (steps and scores: until the result is there). "
+        "time: what the GPU needs, the median of the better pass (steps and weights: until the result is there). "
         "asking: what the CPU needs to ask for it. share: of the floor at the ceilings above. A star: what a user gets."
     )
     lines = ["## Measurements", "", text, ""]

@@ -13,10 +13,12 @@ Call = Callable[[], Any]
 
 WARM_UP = 3  # calls of each set of inputs, before anything is timed
 LEAST, MOST = 5, 200  # timed calls
-SHORT = 50e-6  # seconds; what is shorter is timed several at a time, as an event costs some microseconds
+# Seconds until a call's result is there. What is shorter is timed several at a time, as an event costs some
+# microseconds: also a kernel of five that Python takes a hundred to ask for.
+SHORT = 300e-6
 TOGETHER = 20
 SLOW = 0.7  # seconds of a call that is timed only once, after one that does not count
-LONGEST_SLEEP = 0.05  # seconds
+LONGEST_SLEEP = 0.1  # seconds
 CYCLES = 2e9  # a second, at most: what torch.cuda._sleep counts in
 
 
@@ -99,11 +101,14 @@ class Timer:
         """Between pairs of events; the GPU sleeps first for so many seconds a call."""
         found: list[float] = []
         done, a_batch = 0, max(64 // together, 1)
+        each = 1.5 * ahead * together
+        if ahead:  # no more than are asked for while the GPU sleeps
+            a_batch = max(min(a_batch, int(LONGEST_SLEEP / each)), 1)
         while done < count:
             size = min(a_batch, count - done)
             pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(size)]
             if ahead:
-                torch.cuda._sleep(int(min(1.5 * ahead * size * together + 1e-4, LONGEST_SLEEP) * CYCLES))
+                torch.cuda._sleep(int(min(each * size + 1e-4, LONGEST_SLEEP) * CYCLES))
             for i, (first, last) in enumerate(pairs):
                 first.record()
                 for j in range(together):

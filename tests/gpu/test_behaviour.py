@@ -181,7 +181,10 @@ def test_the_same_bits_without_being_asked(name, device):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-def test_every_configuration(gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["persample_dot", "persample_grad", "persample_norm", "weighted_grad", "kd_loss gradient"]
+)
+def test_every_configuration(name, gpu, monkeypatch):
     """Those that timing did not choose are right too."""
     tuning = pytest.importorskip("kdaif_fast.triton_kernels.tuning")
     launched, there = set(), set()
@@ -195,25 +198,23 @@ def test_every_configuration(gpu, monkeypatch):
     monkeypatch.setattr(tuning.Tuned, "launch", launch)
     narrow = torch.bfloat16
     a, b = torch.randn(4, 64, 320, device=gpu).to(narrow), torch.randn(4, 64, 288, device=gpu).to(narrow)
-    rows = [(3 * torch.randn(5, 9000, device=gpu)).to(narrow) for _ in range(2)]
-    rows += [torch.randint(9000, (5,), device=gpu), torch.rand(5, device=gpu)]
-    cases = {
-        "persample_dot": [a, b, torch.randn(2, 288, 320, device=gpu).to(narrow)],
-        "persample_grad": [a, b, a],
-        "persample_norm": [a, b, a],
-        "weighted_grad": [a, b, torch.rand(4, device=gpu)],
-        "kd_loss gradient": rows,
-    }
-    exact = {name: expected(CALLS[name], tensors) for name, tensors in cases.items()}
+    tensors = [a, b, a]
+    if name == "persample_dot":
+        tensors = [a, b, torch.randn(2, 288, 320, device=gpu).to(narrow)]
+    elif name == "weighted_grad":
+        tensors = [a, b, torch.rand(4, device=gpu)]
+    elif name == "kd_loss gradient":
+        tensors = [(3 * torch.randn(5, 9000, device=gpu)).to(narrow) for _ in range(2)]
+        tensors += [torch.randint(9000, (5,), device=gpu), torch.rand(5, device=gpu)]
+    exact = expected(CALLS[name], tensors)
     which = 0
     while which == 0 or any(at >= which for _, at in there):
-        for name, tensors in cases.items():
-            with kdaif_fast.backend("triton"):
-                results = CALLS[name].run(*tensors)
-            assert error(results, exact[name]) <= TOLERANCE[narrow], (name, which)
+        with kdaif_fast.backend("triton"):
+            results = CALLS[name].run(*tensors)
+        assert error(results, exact) <= TOLERANCE[narrow], which
         which += 1
     assert launched == there
-    assert which > 1
+    assert there
 
 
 def test_memory_is_torchs(gpu):
@@ -222,14 +223,17 @@ def test_memory_is_torchs(gpu):
     labels, weight = torch.zeros(2048, dtype=torch.int64, device=gpu), torch.ones(2048, device=gpu)
     for _ in range(2):
         CALLS["kd_loss gradient"].run(*tensors, labels, weight)
-    torch.cuda.synchronize()
-    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-    for _ in range(10):
-        CALLS["kd_loss gradient"].run(*tensors, labels, weight)
-    torch.cuda.synchronize()
+    reserved, lost = torch.cuda.memory_reserved(), []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(10):
+            CALLS["kd_loss gradient"].run(*tensors, labels, weight)
+        torch.cuda.synchronize()
+        lost.append(free - torch.cuda.mem_get_info()[0])
     assert torch.cuda.memory_reserved() == reserved
-    # Other processes may use the same GPU while tests run side by side, so only a lot is a finding.
-    assert free - torch.cuda.mem_get_info()[0] < 2**33
+    # Other processes may use the same GPU while tests run side by side: only what is lost each time is a finding.
+    assert min(lost) < 2**26
 
 
 def test_no_source_asks_the_driver_for_memory_or_waits():

@@ -74,6 +74,44 @@ def test_weighted_step(name, device):
         assert_close(x, y, 5 * FLOAT32)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_weighted_step_in_a_graph(name, device):
+    """Forward, backward and weights: captured once, replayed with another batch."""
+    (model, (x, y), _), _ = model_and_batches(name, device)
+    exact = copy.deepcopy(model).cpu().double()
+    there = torch.randn(size_of(model), device=device)
+
+    def step(model, batch, direction):
+        model.zero_grad(set_to_none=True)
+        found = kdaif_fast.weighted_step(model, batch, weight_fn=kdaif_fast.sigmoid_weights, direction=direction)
+        return found.phi, found.weights, *(p.grad for p in model.parameters())
+
+    if device.type == "cuda":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step(model, (x, y), there)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ours = step(model, (x, y), there)
+    for order in (torch.arange(len(y), device=device).flip(0), torch.zeros_like(y)):
+        new_x, new_y = x[order].clone(), y[order.flip(0)].clone()
+        x.copy_(new_x)
+        y.copy_(new_y)
+        if device.type == "cuda":
+            graph.replay()
+        else:
+            ours = step(model, (x, y), there)
+        wide = x.cpu().double() if x.is_floating_point() else x.cpu()
+        wanted = step(exact, (wide, y.cpu()), there.cpu().double())
+        assert_close(ours[0], wanted[0], 5 * FLOAT32)
+        assert_close(ours[1], wanted[1], 5 * FLOAT32)
+        flat = [torch.cat([g.flatten() for g in grads[2:]]) for grads in (ours, wanted)]
+        assert_close(*flat, 5 * FLOAT32)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "empirical_fisher"])
 @pytest.mark.parametrize("name", NAMES)
 def test_products(name, curvature, device):

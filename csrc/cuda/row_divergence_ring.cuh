@@ -63,8 +63,11 @@ struct Ring {
     while (item < items && !source.open(item)) item += gridDim.x;
   }
 
-  // Before a chunk is read.
-  __device__ __forceinline__ void wait() const { __pipeline_wait_prior(in_flight); }
+  // Before a chunk is read. CUDA's function does not tell the compiler that memory has changed.
+  __device__ __forceinline__ void wait() const {
+    __pipeline_wait_prior(in_flight);
+    asm volatile("" ::: "memory");
+  }
 
   // After: `frees` if it is not needed any more.
   __device__ __forceinline__ void step(bool frees) {

@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1)
 fast_ring_kernel(const RowDivergence d, const RingShape shape, bool check, float* __restrict__ loss,
                  T* __restrict__ grads) {
   __shared__ BlockMemory<RowSums> memory;
+  static_assert(sizeof memory <= STATIC_SHARED);
   BlockTeam<RowSums> team(memory);
   Ring<T, width, RING_PACKETS, IN_FLIGHT, RowSource<parts, T>> ring(shape, d.V, d.N, RowSource<parts, T>{d});
   for (int64_t row = blockIdx.x; row < d.N; row += gridDim.x) {

@@ -15,7 +15,7 @@ struct OnStream {
   void operator()(Kernel kernel, Launch l, Arguments... arguments) const {
     // More shared memory than every GPU has must be asked for.
     if (l.shared > 0)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared)));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_limit)));
     kernel<<<dim3(l.blocks, l.blocks_y), l.threads, l.shared, stream>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

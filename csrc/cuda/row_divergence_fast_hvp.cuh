@@ -212,6 +212,7 @@ template <int parts, class T, int width>
 __global__ void __launch_bounds__(FAST_THREADS, 1)
 fast_ring_hvp_kernel(const RowDivergence d, const RingShape shape, bool check, int64_t items, const Tangents t) {
   __shared__ BlockMemory<ProductSums> memory;
+  static_assert(sizeof memory <= STATIC_SHARED);
   BlockTeam<ProductSums> team(memory);
   Ring<T, width, 1, IN_FLIGHT_HVP, ProductSource<T>> ring(shape, d.V, items, ProductSource<T>{d, t});
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {

@@ -65,6 +65,7 @@ __device__ __forceinline__ void forget_widened(Packet<T, width>& packet) {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr float ROOM = 32;             // powers of 2 between an anchor and what makes it move
+constexpr float LOWEST_ANCHOR = -0x1p120f;  // times `room`: lower ones, such as a type's least number, may be -inf times scale
 constexpr float SMALL = 1.0f / 64;     // as in row_stats: below it, a difference of sums has lost too many digits
 
 __device__ __forceinline__ float exp2_of(float x) {
@@ -130,14 +131,14 @@ struct FastRow {
   float kl;                // 1 for the divergence, 0 for the cross-entropy with the teacher
   float room;              // in logits
   RowSums sums;
-  float base_s = 0, base_1 = 0, base_t = 0, limit_s = lowest<float>(), limit_t = lowest<float>();
+  float base_s = 0, base_1 = 0, base_t = 0, limit_s, limit_t;
 
   __device__ __forceinline__ FastRow(const RowDivergence& d, float temperature)
       : scale_s(LOG2_E / temperature), scale_1(LOG2_E), kl(d.kind == KL ? 1 : 0),
-        room(ROOM / (has_1 ? fmaxf(scale_s, scale_1) : scale_s)) {}
+        room(ROOM / (has_1 ? fmaxf(scale_s, scale_1) : scale_s)), limit_s(LOWEST_ANCHOR * room), limit_t(limit_s) {}
 
   // Moves the anchors up, or, where nothing was finite so far, to their first value: base stays finite, so that -inf
-  // is subtracted from nothing.
+  // is subtracted from nothing. Logits below the first limit have the exponential 0 without an anchor.
   __device__ __forceinline__ Factors move_student(float anchor) {
     const float base = anchor * scale_s, shift = base - base_s;
     Factors f{1, 1};

@@ -26,7 +26,8 @@ struct Tangents {
 
 struct Launch {
   unsigned blocks, blocks_y, threads;
-  unsigned shared = 0;  // bytes of dynamic shared memory
+  unsigned shared = 0;        // bytes of dynamic shared memory
+  unsigned shared_limit = 0;  // to allow the kernel: the same in all calls, since threads may set it at the same time
 };
 
 // Of the GPU: how many multiprocessors, and bytes of shared memory that a block can have.
@@ -112,6 +113,8 @@ constexpr int64_t LONGEST_RING_ROW = 1 << 30;      // elements are counted in 32
 constexpr int AHEAD = 2;      // slots for the next chunks at least
 constexpr int64_t STATIC_SHARED = 2048;  // what the kernels have besides: for reductions
 
+inline unsigned shared_limit(const Machine& m) { return static_cast<unsigned>(m.shared - STATIC_SHARED); }
+
 struct RingKind {
   int width, streams, packets, in_flight;
   bool two_looks;
@@ -173,7 +176,7 @@ inline bool plan_ring(FastPlan& p, int64_t N, int64_t V, int streams, bool has_g
   const RingPlan ring = ring_plan(V, {p.width, streams, RING_PACKETS, IN_FLIGHT, has_grad}, m, wish);
   if (ring.shape.slots == 0) return false;
   p.path = FastPath::ring, p.ring = ring.shape;
-  p.launch = {at_most(N, m.multiprocessors * wish.blocks), 1, ring.threads, ring.bytes};
+  p.launch = {at_most(N, m.multiprocessors * wish.blocks), 1, ring.threads, ring.bytes, shared_limit(m)};
   return true;
 }
 
@@ -244,7 +247,7 @@ inline FastHvpPlan fast_hvp_plan(int64_t N, int64_t V, int64_t K, int64_t elemen
   const bool is_long = V * element_size >= (16 << 10);  // shorter ones: the caches hold several
   if (vectorised && ring.shape.slots > 0 && (any ? is_long : wish.path == FastPath::ring)) {
     p.path = FastPath::ring, p.ring = ring.shape;
-    p.launch = {at_most(p.items, m.multiprocessors * wish.blocks), 1, ring.threads, ring.bytes};
+    p.launch = {at_most(p.items, m.multiprocessors * wish.blocks), 1, ring.threads, ring.bytes, shared_limit(m)};
     return p;
   }
   p.path = FastPath::block;

@@ -63,8 +63,11 @@ struct Ring {
     while (item < items && !source.open(item)) item += gridDim.x;
   }
 
-  // Before a chunk is read.
-  __device__ __forceinline__ void wait() const { __pipeline_wait_prior(in_flight); }
+  // Before a chunk is read. CUDA's function does not tell the compiler that memory has changed.
+  __device__ __forceinline__ void wait() const {
+    __pipeline_wait_prior(in_flight);
+    asm volatile("" ::: "memory");
+  }
 
   // After: `frees` if it is not needed any more.
   __device__ __forceinline__ void step(bool frees) {
@@ -136,6 +139,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1)
 fast_ring_kernel(const RowDivergence d, const RingShape shape, bool check, float* __restrict__ loss,
                  T* __restrict__ grads) {
   __shared__ BlockMemory<RowSums> memory;
+  static_assert(sizeof memory <= STATIC_SHARED);
   BlockTeam<RowSums> team(memory);
   Ring<T, width, RING_PACKETS, IN_FLIGHT, RowSource<parts, T>> ring(shape, d.V, d.N, RowSource<parts, T>{d});
   for (int64_t row = blockIdx.x; row < d.N; row += gridDim.x) {

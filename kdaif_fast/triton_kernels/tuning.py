@@ -111,7 +111,7 @@ class Tuned:
                 self._choices[key] = self._tuner.best_config.all_kwargs()
                 return
             except torch.OutOfMemoryError:  # timing takes memory of its own, which the launch may not need
-                pass
+                self._tuner.nargs = None  # else these arguments stay in memory until it next times any
         self._launch_first(key, grid, args, named)
 
 

@@ -75,7 +75,7 @@ extern "C" void plan(const RowDivergence* d, int element, const void* grad, int6
   const FastPlan p = plan_of(*d, element, grad, true, {multiprocessors, shared}, wish);
   const int64_t values[] = {is_common(*d), static_cast<int>(p.path), p.width, p.packets, p.launch.blocks,
                             p.launch.blocks_y, p.launch.threads, p.chunk, p.chunks, p.workspace, p.launch.shared,
-                            p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again};
+                            p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again, p.launch.shared_limit};
   std::memcpy(out, values, sizeof values);
 }
 
@@ -100,7 +100,8 @@ extern "C" void hvp_plan(const RowDivergence* d, int element, const Tangents* t,
   const FastHvpPlan p = fast_hvp_plan(d->N, d->V, t->K, size, is_vectorisable(*d, *t, size), {multiprocessors, shared},
                                       plan_wish(wish));
   const int64_t values[] = {static_cast<int>(p.path), p.width, p.launch.blocks, p.launch.threads, p.launch.shared,
-                            p.items, p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again};
+                            p.items, p.ring.slots, p.ring.chunks, p.ring.kept, p.ring.again,
+                            p.launch.shared_limit};
   std::memcpy(out, values, sizeof values);
 }
 

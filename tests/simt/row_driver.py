@@ -89,6 +89,7 @@ class FastPlan(NamedTuple):
     ring_chunks: int
     kept: int
     again: int
+    shared_limit: int
 
 
 class HvpPlan(NamedTuple):
@@ -102,6 +103,7 @@ class HvpPlan(NamedTuple):
     ring_chunks: int
     kept: int
     again: int
+    shared_limit: int
 
 
 WARP, BLOCK, WIDE, SPLIT, RING = range(5)

@@ -143,7 +143,7 @@ def test_geometry_of_rings(driver, V, dtype, shared, wish, expected):
     assert plan.path == RING
     assert (plan.threads, plan.slots, plan.ring_chunks, plan.kept, plan.again) == expected
     assert plan.ring_chunks == plan.kept + plan.again == -(-V // (plan.threads * plan.width * 2))
-    assert plan.shared == plan.slots * plan.threads * 2 * 2 * 16 <= shared - 2048
+    assert plan.shared == plan.slots * plan.threads * 2 * 2 * 16 <= plan.shared_limit == shared - 2048
     assert plan.blocks == 132 * (2 if wish else 1)
 
 
@@ -169,7 +169,7 @@ def test_geometry_of_products(driver, N, V, K, dtype, expected):
     assert (plan.path, plan.width, plan.blocks, plan.threads, plan.items) == expected
     if plan.path == RING:
         assert plan.ring_chunks == plan.kept + plan.again
-        assert plan.shared == plan.slots * plan.threads * (1 + min(K, 4)) * 16 <= H200 - 2048
+        assert plan.shared == plan.slots * plan.threads * (1 + min(K, 4)) * 16 <= plan.shared_limit == H200 - 2048
 
 
 def test_geometry_of_the_general_kernels(driver):

@@ -170,6 +170,21 @@ def test_extreme_temperatures_and_logits(driver, which, T, scale):
     assert not loss.isnan().any()
 
 
+@pytest.mark.parametrize(("which", "V", "gpu"), CASES)
+@pytest.mark.parametrize("least", [-1e30, -1e37, torch.finfo(torch.float32).min])
+def test_classes_excluded_by_the_least_number(driver, which, V, gpu, least):
+    """All but a few classes at the row's end: most threads see nothing else, and some see it first."""
+    extra = {"gpu": gpu} if which == "fast" else {}
+    for T in (1.0, 2.0, 3.0):
+        a = arguments(3, V, T=T, other=0.0)
+        a.labels[:] = V - 1
+        for logits in (a.student, a.teacher):
+            logits[0, : V - 40] = logits[1, 20:-1] = least
+        check_loss_and_grad(both(driver)[which](a, **extra), a)
+        u = tangents(a, 1)
+        check_hvp(both_hvp(driver)[which](a, u, **extra), a, u, False)
+
+
 def test_parts_without_weight_are_not_looked_at(driver):
     for which, run in both(driver).items():
         a = arguments(2, 40, kd=0.0, other=0.0)

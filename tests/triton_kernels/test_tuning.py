@@ -154,6 +154,7 @@ def test_no_memory_to_time_in(timed, monkeypatch):
     tuned._tuner._do_bench = out_of_memory
     tuned[(7,)](*arguments())
     assert kernel.blocks == [128]
+    assert tuned._tuner.nargs is None
     tuned._tuner._do_bench = clock
     if "do_bench" in vars(tuned._tuner):
         tuned._tuner.do_bench = clock

@@ -98,12 +98,24 @@ def _drawn_labels(parts: list[tuple[Tensor, Tensor]], uniform: Tensor) -> Tensor
     total: Tensor | None = None
     for (scale, root), draw in zip(parts, uniform.unbind(1), strict=True):
         p = root.square()
-        sums = p.cumsum(1)
+        sums = _running_sums(p)
         label = torch.searchsorted(sums, (draw * sums[:, -1]).unsqueeze(1), right=True).clamp_(max=p.shape[1] - 1)
         grad = p.mul_(scale).scatter_add_(1, label, -scale)
         total = grad if total is None else total.add_(grad)
     assert total is not None
     return total
+
+
+def _running_sums(p: Tensor) -> Tensor:
+    """p's sums up to every class, [N, V]. torch's are not deterministic for floats on a GPU; those of integers are."""
+    if not (p.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return p.cumsum(1)
+    return _running_sums_of_integers(p)
+
+
+def _running_sums_of_integers(p: Tensor) -> Tensor:
+    """The same to 2^-52: a row's probabilities add up to 1, so that 63 bits hold every sum."""
+    return (p.double() * 2.0**52).long().cumsum(1).double().mul_(2.0**-52).to(p.dtype)
 
 
 def _uniform(samples: int, each: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """row_divergence in Triton: one program a row, which it reads in blocks; formulas in reference/row_divergence.py.
 
-Floor: 2 reads of V elements for the loss, and 1 write for the gradient. A first pass finds maxima and sums together; a
+Floor: 2 reads of V elements for the loss, and 1 write for the gradient. The common case has a kernel of its own, in
+row_divergence_light.py; what follows is about all others. A first pass finds maxima and sums together; a
 last one forms values and gradient together. Only where the gradient needs a sum over the row that the first pass cannot
 know (terms that are not linear in log q, mixed targets, class weights) a pass lies between. Rows of one block are read
 once: the compiler merges the passes' reads. Otherwise each pass goes the other way than the one before.
@@ -27,10 +28,15 @@ from torch import Tensor
 
 from .grids import groups, programs
 from .row_divergence_kernels import row_divergence_hvp_kernel, row_divergence_kernel
+from .row_divergence_light import row_divergence_light_kernel, squarings_of
 from .row_divergence_terms import DECOUPLED, KL, LOGITS, Options
 from .tuning import tuned
 
 MOST_TANGENTS = 4  # of a program
+LIGHT_ARGUMENTS = (
+    "student", "teacher", "labels", "weight", "V", "student_stride", "teacher_stride", "ignore_index",
+    "temperature", "ce", "kd",
+)  # fmt: skip
 # Wider blocks need more registers than there are: no configuration used here spills (tests/triton_kernels).
 WIDEST_BLOCK = 4096
 
@@ -54,6 +60,11 @@ def candidates(V: int, rows_of_tile: int = 1) -> tuple[tuple[int, int], ...]:
     return ((widest, 16), (widest // 2, 8), (widest // 4, 4))
 
 
+def light_candidates(V: int) -> tuple[tuple[int, int], ...]:
+    """The same for the common case's kernel, whose threads meet once a row: of narrower programs more rows fit in."""
+    return candidates(V)[-2:]
+
+
 def register_limit(o: Options, V: int) -> int | None:
     """What a thread may have at most, where the assembler would rather spill a little than have fewer threads at once.
 
@@ -63,11 +74,11 @@ def register_limit(o: Options, V: int) -> int | None:
 
 
 @functools.cache
-def _tuned(kernel: Any, V: int, rows_of_tile: int, limit: int | None) -> Any:
+def _tuned(kernel: Any, V: int, blocks: tuple[tuple[int, int], ...], limit: int | None) -> Any:
     """The kernel in the fastest of its configurations, found out once for each V, dtype and set of options."""
     configurations = [
         triton.Config({"BLOCK": block, "ONE_BLOCK": block >= V}, num_warps=warps, maxnreg=limit)
-        for block, warps in candidates(V, rows_of_tile)
+        for block, warps in blocks
     ]
     return tuned(kernel, configurations, ("V", "o"))
 
@@ -170,6 +181,28 @@ def _arguments(
     return {**tensors, **strides, **sizes, **settings, "TOP_K_WIDTH": width}, options
 
 
+def _launch_light(
+    arguments: dict[str, Any], results: dict[str, Tensor], options: Options, grid: tuple[int, ...]
+) -> None:
+    """The common case: its temperature and how its tiles lie are part of what is compiled."""
+    student, V = arguments["student"], arguments["V"]
+    wide = 16 // student.element_size()  # elements of a load of 16 bytes
+    strides = (V, arguments["student_stride"], arguments["teacher_stride"])
+    chosen = {name: arguments[name] for name in LIGHT_ARGUMENTS}
+    if not options.divergence:
+        chosen["temperature"] = 1.0
+    both = options.ce and options.divergence
+    with _on_device_of(student):
+        _tuned(row_divergence_light_kernel, V, light_candidates(V), None)[grid](
+            **chosen,
+            **results,
+            o=options,
+            SQUARINGS=squarings_of(chosen["temperature"]) if both else 0,
+            GROUP=min(wide, light_candidates(V)[-1][0]),
+            ALIGNED=all(stride % wide == 0 for stride in strides),
+        )
+
+
 def _launch(loss: Tensor | None, grad: Tensor | None, args: Sequence[Any]) -> None:
     student = args[0]
     N, V = student.shape
@@ -179,8 +212,12 @@ def _launch(loss: Tensor | None, grad: Tensor | None, args: Sequence[Any]) -> No
     options = dataclasses.replace(options, loss=loss is not None, grad=grad is not None)
     results = {"loss": student if loss is None else loss, "grad": student if grad is None else grad}
     grid = (programs("row_divergence", N),)
+    if options.common:
+        return _launch_light(arguments, results, options, grid)
     with _on_device_of(student):
-        _tuned(row_divergence_kernel, V, 1, register_limit(options, V))[grid](**arguments, **results, o=options)
+        _tuned(row_divergence_kernel, V, candidates(V), register_limit(options, V))[grid](
+            **arguments, **results, o=options
+        )
 
 
 def row_divergence(student: Tensor, *args: Any) -> Tensor:
@@ -216,7 +253,7 @@ def row_divergence_hvp(tangents: Tensor, gauss_newton: bool, student: Tensor, *a
     tile = min(triton.next_power_of_2(K), MOST_TANGENTS)
     grid = (programs("row_divergence_hvp", N), groups("row_divergence_hvp", triton.cdiv(K, tile), "tangents"))
     with _on_device_of(student):
-        _tuned(row_divergence_hvp_kernel, V, tile, register_limit(options, V))[grid](
+        _tuned(row_divergence_hvp_kernel, V, candidates(V, tile), register_limit(options, V))[grid](
             tangents=tangents,
             out=out,
             K=K,

@@ -114,6 +114,14 @@ class Options:
         return self.linear and self.plain and not any(extras)
 
     @property
+    def common(self) -> bool:
+        """Cross-entropy with labels, forward KL or cross-entropy with logits: row_divergence_light.py has it."""
+        forward = self.plain and self.kind in (KL.value, CROSS_ENTROPY.value) and not self.other
+        apart = self.divergence and (not forward or self.excludes or self.sliced or self.mask or self.interpolates)
+        others = (self.second, self.soft, self.class_weight, self.rows, self.smooths)
+        return (self.ce or self.divergence) and not apart and not any(others)
+
+    @property
     def sums_given(self) -> bool:
         """The first pass sums the given probabilities."""
         return self.between_softmaxes and self.form != LOGITS.value and (self.leaves_out or self.mass_known)

@@ -52,3 +52,15 @@ def test_lissa_takes_a_batch_a_step(problem):
     exact = torch.linalg.solve(whole.dense() + 0.2 * torch.eye(whole.size, dtype=torch.float64), b)
     without = b / 0.2  # the answer of a matrix of zeros
     assert (solution.x - exact).norm() < 0.3 * (without - exact).norm()
+
+
+def test_running_sums_of_integers_draw_the_same_labels():
+    """In deterministic mode on a GPU they stand in for sums of floats, which torch refuses there."""
+    from kdaif_fast.curvature.output_roots import _running_sums_of_integers
+
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        p = (3 * torch.randn(5, 1000, dtype=dtype)).softmax(1)
+        p[0] = torch.eye(1000, dtype=dtype)[7]
+        sums = _running_sums_of_integers(p)
+        assert sums.dtype == dtype
+        torch.testing.assert_close(sums, p.cumsum(1), rtol=0, atol=tolerance)

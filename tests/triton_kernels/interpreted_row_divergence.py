@@ -176,6 +176,20 @@ OPTIONS = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class TestAgainstReference:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 4.0, 50.0])
+    @pytest.mark.parametrize("kind", [KL, CROSS_ENTROPY])
+    @pytest.mark.parametrize("shape", [(2, 37), (1, 1100)])
+    def test_temperatures(self, kernels, kind, temperature, shape):
+        """The common case has shorter ways to the softmax at temperature 1 from some of them."""
+        for dtype, parts in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, dict(labels=False, ce=0.0))):
+            case = Case(kind=kind, temperature=temperature, shape=shape, dtype=dtype, **parts)
+            loss, grad = kernels.row_divergence_with_grad(*case.args())
+            expected = reference.row_divergence_with_grad(*wide(case.args()))
+            assert error(loss, expected[0]) < 3e-6
+            assert error(grad, expected[1]) < TOLERANCE[dtype]
+            assert torch.equal(kernels.row_divergence(*case.args()), loss)
+            assert torch.equal(kernels.row_divergence_grad(*case.args()), grad)
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("kind", KINDS)
     def test_kinds(self, kernels, kind, dtype):
@@ -326,6 +340,27 @@ class TestNumbers:
         case.student[0, :600] = case.teacher[0, :600] = -math.inf
         case.label_values[:] = 690
         compare(kernels, case)
+
+    @pytest.mark.parametrize("kind", [KL, CROSS_ENTROPY])
+    def test_classes_only_the_student_excludes(self, kernels, kind):
+        """The loss is infinite, or nothing: the reference says which."""
+        case = Case(kind=kind, shape=(1, 600), ce=0.0)
+        case.student[0, 5:9] = -math.inf
+        loss, grad = kernels.row_divergence_with_grad(*case.args())
+        expected = reference.row_divergence_with_grad(*wide(case.args()))
+        torch.testing.assert_close(loss, expected[0].float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(grad, expected[1].float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+    @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+    def test_classes_masked_by_the_lowest_number(self, kernels, temperature):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case(shape=(1, 1100), temperature=temperature, dtype=dtype)
+            case.student[0, :800] = case.teacher[0, :800] = torch.finfo(dtype).min
+            case.label_values[:] = 900
+            loss, grad = kernels.row_divergence_with_grad(*case.args())
+            expected = reference.row_divergence_with_grad(*wide(case.args()))
+            assert error(loss, expected[0]) < 3e-6
+            assert error(grad, expected[1]) < TOLERANCE[dtype]
 
     @pytest.mark.parametrize("kind", [KL, CROSS_ENTROPY, JENSEN_SHANNON, DECOUPLED])
     def test_classes_only_the_teacher_excludes(self, kernels, kind):

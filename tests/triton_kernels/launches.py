@@ -10,7 +10,16 @@ from functools import partial
 
 import torch
 
-from kdaif_fast.reference.row_terms import DECOUPLED, JENSEN_SHANNON, KINDS, KL, LOG_COSH, LOGIT_MSE, LOGITS
+from kdaif_fast.reference.row_terms import (
+    CROSS_ENTROPY,
+    DECOUPLED,
+    JENSEN_SHANNON,
+    KINDS,
+    KL,
+    LOG_COSH,
+    LOGIT_MSE,
+    LOGITS,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 empty = partial(torch.empty, device="meta")
@@ -172,12 +181,13 @@ def any_size(bits):
 
 
 PLAIN = frozenset()
+WEIGHTED = frozenset(("class_weight",))  # the least that is not the common case
 EVERYTHING = frozenset(
     ("other", "second", "label_mix", "soft", "exclude", "class_weight", "mask", "rows", "smoothing", "slice")
 )
 
 
-def row_arguments(kind, form, shape, dtype, options):
+def row_arguments(kind, form, shape, dtype, options, temperature=2.0, ce=0.5):
     """The arguments of row_divergence with these options."""
     N, V = shape
     first, C = (1, V - 2) if "slice" in options and V > 2 else (0, V)
@@ -186,7 +196,17 @@ def row_arguments(kind, form, shape, dtype, options):
     given = empty(N, C, dtype=dtype) if form == LOGITS else empty(N, C if form == 1 else 5)
     has_second = "second" in options and form != 2 and not between_logits
     mixes = not between_logits and (has_second or "label_mix" in options)
-    numbers = [2.0, 0.5, 0.5, 0.5 * ("other" in options), 0.2 * mixes, 1.0, 0.3, 0.1 * ("smoothing" in options), 0.4]
+    numbers = [
+        temperature,
+        ce,
+        0.5,
+        0.5 * ("other" in options),
+        0.2 * mixes,
+        1.0,
+        0.3,
+        0.1 * ("smoothing" in options),
+        0.4,
+    ]
     return (
         empty(N, V, dtype=dtype),
         given,
@@ -226,7 +246,9 @@ def main_cases():
     """Cross-entropy and forward KL in every dtype on wide rows, and on narrow ones; and what has a size of 1."""
     for dtype in DTYPES:
         yield row_arguments(KL, LOGITS, (2, 32000), dtype, PLAIN), (4,), False
+    yield row_arguments(KL, LOGITS, (2, 32000), torch.bfloat16, PLAIN, 3.0), (), False
     yield row_arguments(KL, LOGITS, (2, 1000), torch.bfloat16, PLAIN), (1,), False
+    yield row_arguments(KL, LOGITS, (2, 1000), torch.bfloat16, WEIGHTED), (), False
     yield row_arguments(KL, LOGITS, (1, 1), torch.float32, PLAIN), (1,), False
     yield row_arguments(DECOUPLED, 2, (1, 1), torch.bfloat16, EVERYTHING), (3,), False
     yield row_arguments(KL, LOGITS, (2, 50257), torch.bfloat16, PLAIN), (2,), False
@@ -251,6 +273,9 @@ def all_cases():
     """Every block; and the product of kinds, forms, a few sets of options and both sorts of width."""
     for V, dtype in itertools.product((20, 40, 80, 160, 320, 640, 2048, 4096, 32000), DTYPES):
         yield row_arguments(KL, LOGITS, (2, V), dtype, PLAIN), (1, 2, 4), False
+        yield row_arguments(KL, LOGITS, (2, V), dtype, WEIGHTED), (), False
+        for kind, temperature, ce in ((KL, 1.0, 0.5), (KL, 3.0, 0.5), (KL, 3.0, 0.0), (CROSS_ENTROPY, 4.0, 0.5)):
+            yield row_arguments(kind, LOGITS, (2, V), dtype, PLAIN, temperature, ce), (), False
     options = (EVERYTHING, PLAIN, frozenset(("other", "rows", "mask")))
     for chosen, V, kind, form in itertools.product(options, (32000, 4096), KINDS, range(3)):
         if form == LOGITS or kind not in (LOGIT_MSE, LOG_COSH):

@@ -176,6 +176,10 @@ def row_divergence_light_kernel(
 ):  # fmt: skip
     """A row's loss and gradient."""
     LANES: tl.constexpr = BLOCK // GROUP
+    if ALIGNED:  # multiples of the group as they are; the compiler itself looks for multiples of 16 only
+        V = V // GROUP * GROUP
+        student_stride = student_stride // GROUP * GROUP
+        teacher_stride = teacher_stride // GROUP * GROUP
     row = tl.program_id(0).to(tl.int64)
     s_row, t_row, grad_row = student + row * student_stride, teacher + row * teacher_stride, grad + row * V
     row_weight = tl.load(weight + row) if o.weight else tl.full((), 1.0, tl.float32)

@@ -226,8 +226,8 @@ def row_divergence_light_kernel(
         if not (o.ce and o.divergence and SQUARINGS != 0):
             sum_1 = sum_s
 
+        value = 0.0
         if o.loss:
-            value = 0.0
             if o.divergence:
                 value = gaps / sum_t * inverse + tl.log(sum_s)
                 good = value < INFINITY
@@ -243,7 +243,6 @@ def row_divergence_light_kernel(
                 value *= kd
             if o.ce:
                 value += ce * (tl.log(sum_1) - (s_label - base_s))
-            tl.store(loss + row, row_weight * value)
 
         if o.grad:
             of_1 = row_weight * ce / sum_1
@@ -272,3 +271,5 @@ def row_divergence_light_kernel(
                 g = _gradient(s_label, t_label, scale, base_s, base_t, of_1, of_s, of_t, o, SQUARINGS)
                 g -= row_weight * ce
                 tl.store(grad_row + label, g.to(grad.dtype.element_ty), mask=legal)
+        if o.loss:  # after the gradient: rows of one block are read once only if no store lies between
+            tl.store(loss + row, row_weight * value)

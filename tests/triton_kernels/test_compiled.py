@@ -70,7 +70,7 @@ def test_rows_of_one_block_are_read_once():
     binaries = compiled(90, "quick", "row_divergence")
     plain = [b for b in binaries if "BLOCK=1024" in b["block"]]
     assert {kernel: min(b["loads"] for b in plain if b["kernel"] == kernel) for kernel in KERNELS_OF_ROWS} == {
-        "row_divergence_light_kernel": 5,
+        "row_divergence_light_kernel": 7,  # with those of the look term by term
         "row_divergence_kernel": 6,
         "row_divergence_hvp_kernel": 3,
     }

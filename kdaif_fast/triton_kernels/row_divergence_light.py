@@ -176,6 +176,10 @@ def row_divergence_light_kernel(
 ):  # fmt: skip
     """A row's loss and gradient."""
     LANES: tl.constexpr = BLOCK // GROUP
+    if ALIGNED:  # multiples of the group as they are; the compiler itself looks for multiples of 16 only
+        V = V // GROUP * GROUP
+        student_stride = student_stride // GROUP * GROUP
+        teacher_stride = teacher_stride // GROUP * GROUP
     row = tl.program_id(0).to(tl.int64)
     s_row, t_row, grad_row = student + row * student_stride, teacher + row * teacher_stride, grad + row * V
     row_weight = tl.load(weight + row) if o.weight else tl.full((), 1.0, tl.float32)
@@ -222,8 +226,8 @@ def row_divergence_light_kernel(
         if not (o.ce and o.divergence and SQUARINGS != 0):
             sum_1 = sum_s
 
+        value = 0.0
         if o.loss:
-            value = 0.0
             if o.divergence:
                 value = gaps / sum_t * inverse + tl.log(sum_s)
                 good = value < INFINITY
@@ -239,7 +243,6 @@ def row_divergence_light_kernel(
                 value *= kd
             if o.ce:
                 value += ce * (tl.log(sum_1) - (s_label - base_s))
-            tl.store(loss + row, row_weight * value)
 
         if o.grad:
             of_1 = row_weight * ce / sum_1
@@ -268,3 +271,5 @@ def row_divergence_light_kernel(
                 g = _gradient(s_label, t_label, scale, base_s, base_t, of_1, of_s, of_t, o, SQUARINGS)
                 g -= row_weight * ce
                 tl.store(grad_row + label, g.to(grad.dtype.element_ty), mask=legal)
+        if o.loss:  # after the gradient: rows of one block are read once only if no store lies between
+            tl.store(loss + row, row_weight * value)

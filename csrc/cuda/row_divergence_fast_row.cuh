@@ -65,7 +65,9 @@ __device__ __forceinline__ void forget_widened(Packet<T, width>& packet) {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr float ROOM = 32;             // powers of 2 between an anchor and what makes it move
-constexpr float LOWEST_ANCHOR = -0x1p120f;  // times `room`: lower ones, such as a type's least number, may be -inf times scale
+// Times `room`: no anchor is lower, so that what rounding leaves of s * scale - base, at most 64, makes no sum overflow.
+// Logits that lie so far down, such as those of a mask, have the exponential 0.
+constexpr float LOWEST_ANCHOR = -0x1p26f;
 constexpr float SMALL = 1.0f / 64;     // as in row_stats: below it, a difference of sums has lost too many digits
 
 __device__ __forceinline__ float exp2_of(float x) {

@@ -98,7 +98,7 @@ def test_binaries(ops, capability, amount):
 
 
 def check_that_rows_are_read_once(binaries):
-    """Those of one block: student, teacher or tangent, label, logits at the label; classes' weights in the general kernel."""
+    """Those of one block: student, teacher or tangent, label, logits at the label, classes' weights."""
     narrow = by([b for b in binaries if "BLOCK=1024" in b["block"]], "kernel")
     assert {kernel: min(b["loads"] for b in of_kernel) for (kernel,), of_kernel in narrow.items()} == {
         "row_divergence_light_kernel": 7,  # with those of the look term by term

@@ -12,7 +12,8 @@ CXX = shutil.which("g++") or shutil.which("c++")
 SOURCES = ("row_divergence.cpp", "row_stats.cpp", "persample_dot.cpp")
 # A GPU multiplies and adds in one rounding wherever it can; what cancels without it may not cancel then.
 _CPU = Path("/proc/cpuinfo")
-FUSED = ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations") if _CPU.exists() and " fma " in _CPU.read_text() else ()
+_CAN_FUSE = _CPU.exists() and " fma " in _CPU.read_text()
+FUSED = ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations") if _CAN_FUSE else ()
 LIBRARY = (*FUSED, "-O1", "-shared", "-fPIC", "-fsanitize=undefined,bounds-strict", "-fno-sanitize-recover=all")
 UNDER_SANITIZERS = ("-O0", "-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all")
 

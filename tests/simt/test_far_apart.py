@@ -12,7 +12,7 @@ from tests.triton_kernels.persample_cases import directions, inputs
 
 from . import test_persample_dot, test_row_stats
 from .building import CSRC, CXX
-from .row_driver import arguments, tangents
+from .row_driver import Gpu, arguments, tangents
 
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs a C++ compiler and the sources")
 
@@ -21,25 +21,29 @@ def same(ours, expected):
     return all(torch.equal(x.nan_to_num(-1e30), y.nan_to_num(-1e30)) for x, y in zip(ours, expected, strict=True))
 
 
-# Widths and numbers of multiprocessors that between them lead to each of the fast kernels: a warp's rows, a block's, a
-# block's that are read twice, several blocks'; with wide loads and without.
-FAST = [(40, 1), (41, 1), (2104, 1), (2101, 1), (20000, 1), (34000, 20), (34001, 20)]
+# Widths and GPUs that between them lead to each of the fast kernels: a warp's rows, a block's, a block's that are read
+# twice or pass through shared memory, several blocks'; with wide loads and without.
+FAST = [
+    *((40, Gpu()), (41, Gpu()), (2104, Gpu()), (2101, Gpu()), (20000, Gpu())),
+    *((34000, Gpu(20)), (34001, Gpu(20)), (20000, Gpu(wish="ring")), (20000, Gpu(wish="wide"))),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("V", "multiprocessors"), FAST)
-def test_common_losses(driver, V, multiprocessors, dtype):
+@pytest.mark.parametrize(("V", "gpu"), FAST)
+def test_common_losses(driver, V, gpu, dtype):
     a = arguments(2, V, dtype, other=0.0)
     moved = a._replace(student=far(a.student), teacher=far(a.teacher))
-    extra = {"multiprocessors": multiprocessors}
-    assert driver.plan(moved, **extra) == driver.plan(a, **extra)
-    assert same(driver.fast(moved, **extra), driver.fast(a, **extra))
+    assert driver.plan(moved, gpu) == driver.plan(a, gpu)
+    assert same(driver.fast(moved, gpu=gpu), driver.fast(a, gpu=gpu))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("V", "multiprocessors"), [(40, 1), (41, 1), (2104, 1), (2101, 20)])
-def test_common_products(driver, V, multiprocessors, dtype):
-    a, extra = arguments(2, V, dtype, other=0.0), {"multiprocessors": multiprocessors}
+@pytest.mark.parametrize(
+    ("V", "gpu"), [(40, Gpu()), (41, Gpu()), (2104, Gpu()), (2101, Gpu(20)), (9000, Gpu(wish="ring"))]
+)
+def test_common_products(driver, V, gpu, dtype):
+    a, extra = arguments(2, V, dtype, other=0.0), {"gpu": gpu}
     u = tangents(a, 3)
     expected = driver.fast_hvp(a, u, **extra)
     assert torch.equal(driver.fast_hvp(a._replace(student=far(a.student)), u, **extra), expected)

@@ -272,7 +272,7 @@ fast_wide_kernel(const RowDivergence d, bool check, float* __restrict__ loss, T*
       continue;
     }
     const AtLabel<T> l = AtLabel<T>::template of<parts>(at, y);
-  const float weight = weight_of(d, row, y);
+    const float weight = weight_of(d, row, y);
     FastRow<parts> r = fast_row<parts>(d);
     add_range<parts, T, width>(at, 0, d.V, r, team);
     team.join(r);
